@@ -1,0 +1,59 @@
+"""The ``avmp`` command.
+
+A command is a module with ``add_arguments(parser)`` and ``run(args) -> int``. It is imported only
+when it is asked for, so that ``avmp plan`` does not pay for importing torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import NamedTuple
+
+from avmp_vllm.version import __version__
+
+
+class Command(NamedTuple):
+    """Where a command lives and what it is for."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "tiny-jamba": Command("avmp_vllm.models.tiny_jamba", "write a tiny Jamba checkpoint"),
+    "demo": Command("avmp_vllm.demo.run", "serve, replay conversations, compare with stock vLLM"),
+}
+
+BENCHMARKS: dict[str, Command] = {}
+
+
+def _add(subparsers: argparse._SubParsersAction, table: dict[str, Command], chosen: str) -> None:
+    """Add every command's name and help, and the arguments of the chosen one."""
+    for name, command in table.items():
+        parser = subparsers.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            module = importlib.import_module(command.module)
+            module.add_arguments(parser)
+            parser.set_defaults(run=module.run)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the process exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    words = [word for word in argv if not word.startswith("-")] + ["", ""]
+    parser = argparse.ArgumentParser(prog="avmp", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"avmp-vllm {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add(commands, COMMANDS, words[0])
+    if BENCHMARKS:
+        bench = commands.add_parser("bench", help="measure, always against a baseline")
+        benches = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
+        _add(benches, BENCHMARKS, words[1] if words[0] == "bench" else "")
+    args = parser.parse_args(argv)
+    return args.run(args) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
