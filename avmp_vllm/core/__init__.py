@@ -1,0 +1,37 @@
+"""The allocator: exact page sizes, two pools in one arena, capacity that migrates on failure.
+
+Standard library only. One concept a file:
+
+============== ===========================================================================
+geometry       byte sizes and index ranges of an arena
+handles        32-bit names of pages
+band           the pages of one pool: placement, page table, growth, shrinking
+arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
+plan           what a worker must do to the bytes before its next forward pass
+statistics     counters
+============== ===========================================================================
+"""
+
+from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
+from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, SSMLayer
+from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
+from avmp_vllm.core.plan import Copy, MovePlan, Relocation
+from avmp_vllm.core.statistics import Statistics
+
+__all__ = [
+    "ID_MASK",
+    "SSM_TAG",
+    "AllocationFailure",
+    "Arena",
+    "ArenaTooSmall",
+    "Copy",
+    "Geometry",
+    "InvariantViolation",
+    "KVLayer",
+    "Kind",
+    "MovePlan",
+    "Relocation",
+    "SSMLayer",
+    "Statistics",
+    "kind_of",
+]

@@ -1,0 +1,330 @@
+"""The arena: two bands, the gap between them, and the one allocator over both.
+
+::
+
+    low                                                                          high
+    | null | SSM band ->            |        gap         |            <- KV band |
+    0      s0*B        (s0+cap_ssm)*B                    (K-cap_kv)*F          K*F
+
+Remedies for a pool that is short, in this order: its own free pages; the gap; the other band's free
+pages, moving mapped ones out of the way; then eviction of unreferenced cached pages from either
+pool, least recently used first. Only then does the allocation fail. Because a band can always be
+packed, it fails only when the referenced bytes and the request exceed the arena.
+
+A page is *free*, *referenced* or *cached*. Who shares a referenced page, and what a cached page is
+good for, is the caller's business. Nothing here looks at a clock, draws a number or walks a set to
+decide, so the same calls give the same relocations.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+
+from avmp_vllm.core.band import Band
+from avmp_vllm.core.geometry import Geometry, ceil_div
+from avmp_vllm.core.handles import ID_MASK, Kind, kind_of
+from avmp_vllm.core.plan import Relocation
+from avmp_vllm.core.statistics import Statistics
+
+#: Default of ``migration_batch``: least capacity that moves at once, in KV pages' worth of bytes.
+MIGRATION_BATCH = 128
+
+
+class AllocationFailure(Exception):
+    """Neither free, nor gap, nor migrated, nor evicted bytes can serve a request."""
+
+
+class InvariantViolation(AssertionError):
+    """`Arena.verify` found something that must never be."""
+
+
+class Arena:
+    """Dual-pool allocator of KV pages and SSM blocks with capacity migration.
+
+    Args:
+        geometry: Sizes in bytes.
+        migration_batch: Least capacity that a migration moves where the donor has it free, in KV
+            pages' worth of bytes, so that a busy boundary does not flap.
+        on_evict: Called with the handle of each cached page that is given up, before it is reused.
+
+    Attributes:
+        statistics: Counters.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        migration_batch: int = MIGRATION_BATCH,
+        on_evict: Callable[[int], None] | None = None,
+    ) -> None:
+        if migration_batch < 1:
+            raise ValueError(f"migration_batch must be at least 1, not {migration_batch}")
+        self.geometry = geometry
+        self.statistics = Statistics()
+        self._batch_bytes = migration_batch * geometry.page_bytes
+        self._on_evict = on_evict
+        self._bands = (Band(geometry, Kind.KV), Band(geometry, Kind.SSM))
+        # Cached pages of each pool by handle, least recently used first, with the logical time at
+        # which they lost their last reference; the pools' heads compare by it.
+        self._cached: tuple[OrderedDict[int, int], OrderedDict[int, int]] = (
+            OrderedDict(),
+            OrderedDict(),
+        )
+        self._clock = 0
+        self._relocations: list[Relocation] = []
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def capacity(self, kind: Kind) -> int:
+        """Pages that a pool's band holds now."""
+        return self._bands[kind].capacity
+
+    def free(self, kind: Kind) -> int:
+        """Free pages of a pool's band."""
+        return self._bands[kind].free
+
+    def cached(self, kind: Kind) -> int:
+        """Unreferenced cached pages of a pool."""
+        return len(self._cached[kind])
+
+    def used(self, kind: Kind) -> int:
+        """Referenced pages of a pool."""
+        band = self._bands[kind]
+        return band.capacity - band.free - len(self._cached[kind])
+
+    @property
+    def gap_bytes(self) -> int:
+        """Bytes between the bands."""
+        geometry, (kv, ssm) = self.geometry, self._bands
+        return (geometry.pages - kv.capacity) * kv.unit - (
+            geometry.null_blocks + ssm.capacity
+        ) * ssm.unit
+
+    def fits(self, pages: int, blocks: int) -> bool:
+        """Whether so many more KV pages and SSM blocks can be referenced. Exact."""
+        return self.geometry.fits(self.used(Kind.KV) + pages, self.used(Kind.SSM) + blocks)
+
+    def available(self, kind: Kind) -> int:
+        """How many pages of a pool could be referenced now if nothing else were asked."""
+        geometry = self.geometry
+        if kind is Kind.KV:
+            floor = (geometry.null_blocks + self.used(Kind.SSM)) * geometry.block_bytes
+            total = geometry.pages - ceil_div(floor, geometry.page_bytes)
+        else:
+            room = (geometry.pages - self.used(Kind.KV)) * geometry.page_bytes
+            total = room // geometry.block_bytes - geometry.null_blocks
+        return total - self.used(kind)
+
+    def physical(self, handle: int) -> int:
+        """Resolve a handle to the physical index of its page in its pool's view."""
+        return self._bands[kind_of(handle)].physical(handle)
+
+    # -- a page's life -------------------------------------------------------------------------
+
+    def allocate(self, pages: int = 0, blocks: int = 0) -> list[int]:
+        """Reference new pages: all of them, or none.
+
+        Args:
+            pages: KV pages.
+            blocks: SSM blocks.
+
+        Returns:
+            ``pages`` KV handles, then ``blocks`` SSM handles.
+
+        Raises:
+            AllocationFailure: Referenced bytes and the request exceed the arena. Nothing changed.
+        """
+        kv, ssm = self._bands
+        if kv.free < pages or ssm.free < blocks:
+            self._make_room(pages, blocks)
+        handles: list[int] = []
+        if pages:
+            handles = kv.take(pages)
+            self._note_peak(Kind.KV)
+        if blocks:
+            handles += ssm.take(blocks)
+            self._note_peak(Kind.SSM)
+        return handles
+
+    def release(self, handles: Sequence[int]) -> None:
+        """Free referenced pages of one pool whose last reference is gone."""
+        if handles:
+            self._bands[kind_of(handles[0])].give(handles)
+
+    def cache(self, handles: Iterable[int]) -> None:
+        """Keep pages whose last reference is gone for as long as nobody needs their bytes.
+
+        Args:
+            handles: Of one or both pools, the one to be evicted first in front.
+        """
+        for handle in handles:
+            self._clock += 1
+            self._cached[kind_of(handle)][handle] = self._clock
+
+    def revive(self, handle: int) -> None:
+        """Reference a cached page again."""
+        kind = kind_of(handle)
+        del self._cached[kind][handle]
+        self._note_peak(kind)
+
+    def drop(self, handle: int) -> None:
+        """Free a cached page that is good for nothing any more (not counted as an eviction)."""
+        kind = kind_of(handle)
+        del self._cached[kind][handle]
+        self._bands[kind].give((handle,))
+
+    def is_cached(self, handle: int) -> bool:
+        """Whether a page is cached and unreferenced."""
+        return handle in self._cached[kind_of(handle)]
+
+    def take_relocations(self) -> list[Relocation]:
+        """Drain the relocations since the last call, in the order in which they must be applied."""
+        relocations, self._relocations = self._relocations, []
+        return relocations
+
+    # -- making room ---------------------------------------------------------------------------
+
+    def _make_room(self, pages: int, blocks: int) -> None:
+        """Bring so many free pages into both bands, or raise and change nothing."""
+        if not self.fits(pages, blocks):
+            short = Kind.KV if self._bands[Kind.KV].free < pages else Kind.SSM
+            self.statistics.failures[short] += 1
+            raise AllocationFailure(
+                f"{pages} KV page(s) and {blocks} SSM block(s) do not fit: "
+                f"{self.used(Kind.KV)} pages and {self.used(Kind.SSM)} blocks are in use, room for "
+                f"{self.available(Kind.KV)} more pages or {self.available(Kind.SSM)} more blocks"
+            )
+        while not self._reachable(pages, blocks):
+            self._evict_one()
+        wanted = (pages, blocks)
+        for kind in Kind:
+            self._grow_from_gap(kind, wanted[kind] - self._bands[kind].free)
+        for kind in Kind:
+            missing = wanted[kind] - self._bands[kind].free
+            if missing > 0:
+                self._migrate(kind, missing, reserve=wanted[kind.other])
+
+    def _reachable(self, pages: int, blocks: int) -> bool:
+        """Whether growth and migration alone, without eviction, can serve the request."""
+        kv, ssm = self._bands
+        return self.geometry.fits(
+            kv.capacity - kv.free + pages,
+            ssm.capacity - ssm.free + blocks,
+        )
+
+    def _grow_from_gap(self, kind: Kind, missing: int) -> None:
+        """Grow a band into the gap by what is missing, or by as much as the gap has.
+
+        While the gap is wide the band grows a chunk at a time, which spares later calls.
+        """
+        if missing <= 0:
+            return
+        band, gap = self._bands[kind], self.gap_bytes
+        count = min(missing, gap // band.unit)
+        if gap - band.chunk_pages * band.unit > self._batch_bytes:
+            count = max(count, band.chunk_pages)
+        if count:
+            band.grow(count)
+
+    def _migrate(self, kind: Kind, missing: int, reserve: int) -> None:
+        """Move capacity from the other band to this one.
+
+        Args:
+            kind: The pool that is short.
+            missing: Pages it needs beyond its free ones.
+            reserve: Free pages that the donor must keep, for the same request.
+        """
+        band, donor = self._bands[kind], self._bands[kind.other]
+        spare = donor.free - reserve
+        needed = ceil_div(missing * band.unit - self.gap_bytes, donor.unit)
+        batch = ceil_div(self._batch_bytes - self.gap_bytes, donor.unit)
+        given = min(max(needed, batch), spare)
+        relocations = donor.shrink(given)
+        self._relocations += relocations
+        count = min(max(missing, self._batch_bytes // band.unit), self.gap_bytes // band.unit)
+        band.grow(count)
+        statistics = self.statistics
+        statistics.migrations[kind] += 1
+        statistics.migrated_bytes[kind] += given * donor.unit
+        statistics.relocations[donor.kind] += len(relocations)
+        statistics.relocated_bytes[donor.kind] += len(relocations) * donor.unit
+
+    def _evict_one(self) -> None:
+        """Free the cached page of either pool that has been unreferenced longest."""
+        kv, ssm = self._cached
+        if kv and (not ssm or next(iter(kv.values())) < next(iter(ssm.values()))):
+            kind = Kind.KV
+        else:
+            kind = Kind.SSM
+        handle, _ = self._cached[kind].popitem(last=False)
+        self.statistics.evictions[kind] += 1
+        if self._on_evict is not None:
+            self._on_evict(handle)
+        self._bands[kind].give((handle,))
+
+    def _note_peak(self, kind: Kind) -> None:
+        band, peaks = self._bands[kind], self.statistics.peak_used
+        used = band.capacity - band.free - len(self._cached[kind])
+        if used > peaks[kind]:
+            peaks[kind] = used
+
+    # -- checks --------------------------------------------------------------------------------
+
+    def verify(self, referenced: Iterable[int] | None = None) -> None:
+        """Check every invariant of the design.
+
+        Args:
+            referenced: All handles that the caller holds, if it can list them.
+
+        Raises:
+            InvariantViolation: Naming everything that does not add up.
+        """
+        geometry, (kv, ssm) = self.geometry, self._bands
+        found = kv.problems() + ssm.problems()
+        if self.gap_bytes < 0:
+            found.append(f"the bands cross by {-self.gap_bytes} bytes")
+        null_end = geometry.null_blocks * geometry.block_bytes
+        if null_end < geometry.null_bytes:
+            found.append("the SSM band begins inside the null bytes")
+        total = null_end + self.gap_bytes + geometry.rounding_bytes
+        for kind in Kind:
+            band = self._bands[kind]
+            if self.used(kind) < 0:
+                found.append(f"{kind.label}: more free and cached pages than the band holds")
+            parts = self.used(kind) + self.cached(kind) + band.free
+            total += parts * band.unit
+            free = set(band.free_handles())
+            for handle in self._cached[kind]:
+                if handle in free:
+                    found.append(f"{kind.label}: cached handle {handle} is also free")
+                if not 1 <= band.position(handle) <= band.capacity:
+                    found.append(f"{kind.label}: cached handle {handle} is outside the band")
+        if total != geometry.arena_bytes:
+            found.append(f"bytes do not add up: {total} counted, {geometry.arena_bytes} exist")
+        if referenced is not None:
+            found += self._check_referenced(list(referenced))
+        if found:
+            raise InvariantViolation("; ".join(found[:20]))
+
+    def _check_referenced(self, handles: list[int]) -> list[str]:
+        found: list[str] = []
+        for kind in Kind:
+            band, cached = self._bands[kind], self._cached[kind]
+            mine = [h for h in handles if kind_of(h) is kind]
+            distinct = set(mine)
+            if len(distinct) != self.used(kind):
+                found.append(
+                    f"{kind.label}: {self.used(kind)} pages counted as used, "
+                    f"{len(distinct)} referenced"
+                )
+            free = set(band.free_handles())
+            for handle in distinct:
+                if not 1 <= (handle & ID_MASK) <= band.known:
+                    found.append(f"{kind.label}: handle {handle} was never given out")
+                elif handle in free or handle in cached:
+                    found.append(f"{kind.label}: referenced handle {handle} is free or cached")
+                elif band.position(handle) > band.capacity:
+                    found.append(f"{kind.label}: referenced handle {handle} is outside the band")
+        return found

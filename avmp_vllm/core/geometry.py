@@ -1,0 +1,183 @@
+"""Byte sizes and index ranges of an arena.
+
+Both pools view the whole arena from byte 0; stock kernels address pages with plain strides::
+
+    index view of KV   0 | .. k0 ................................ K-1     page k  = bytes [kF, kF+F)
+    index view of SSM  0 | .. s0 ........................... S-1          block s = bytes [sB, sB+B)
+    bytes              null     SSM band ->      gap      <- KV band
+
+Index 0 of both views is vLLM's null block, so bytes ``[0, max(F, B))`` are never given out:
+``k0 = ceil(max(F, B) / F)`` and ``s0 = ceil(max(F, B) / B)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from avmp_vllm.core.handles import Kind
+
+#: SSM blocks start on this boundary, so that every state of every dtype is aligned (bytes).
+BLOCK_ALIGNMENT = 128
+
+
+class ArenaTooSmall(ValueError):
+    """The arena cannot hold the null bytes and one request of the longest length."""
+
+
+@dataclass(frozen=True)
+class KVLayer:
+    """One full-attention layer of this rank.
+
+    Args:
+        token_bytes: Bytes of one token's keys and values in this layer.
+    """
+
+    token_bytes: int
+
+
+@dataclass(frozen=True)
+class SSMLayer:
+    """One SSM layer of this rank.
+
+    Args:
+        state_bytes: Bytes of one sequence's convolution and SSM state in this layer.
+    """
+
+    state_bytes: int
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Integer division rounded up."""
+    return -(-numerator // denominator)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes that never change while an arena lives.
+
+    Args:
+        arena_bytes: Bytes of the arena, N.
+        page_bytes: Bytes of a KV page over all attention layers of the rank, F.
+        block_bytes: Bytes of an SSM block over all SSM layers of the rank, B.
+        page_tokens: Tokens that a KV page holds.
+
+    Raises:
+        ValueError: A size is not positive, or the arena cannot hold one page of each kind.
+    """
+
+    arena_bytes: int
+    page_bytes: int
+    block_bytes: int
+    page_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("arena_bytes", "page_bytes", "block_bytes", "page_tokens"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be positive, not {getattr(self, name)}")
+        least = self.null_bytes + self.page_bytes + self.block_bytes
+        if self.page_limit < 1 or self.block_limit < 1:
+            raise ArenaTooSmall(
+                f"an arena of {self.arena_bytes} bytes holds no page of each kind: "
+                f"about {least} bytes are the least"
+            )
+
+    @classmethod
+    def from_layers(
+        cls,
+        arena_bytes: int,
+        kv_layers: Sequence[KVLayer],
+        ssm_layers: Sequence[SSMLayer],
+        page_tokens: int = 16,
+    ) -> Geometry:
+        """Build the geometry of one rank from its layers."""
+        page = page_tokens * sum(layer.token_bytes for layer in kv_layers)
+        block = sum(layer.state_bytes for layer in ssm_layers)
+        block = ceil_div(block, BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
+        return cls(arena_bytes, page, block, page_tokens)
+
+    @property
+    def null_bytes(self) -> int:
+        """Bytes at the low end that both null pages cover."""
+        return max(self.page_bytes, self.block_bytes)
+
+    @property
+    def pages(self) -> int:
+        """Length K of the KV view, null pages included."""
+        return self.arena_bytes // self.page_bytes
+
+    @property
+    def blocks(self) -> int:
+        """Length S of the SSM view, null blocks included."""
+        return self.arena_bytes // self.block_bytes
+
+    @property
+    def null_blocks(self) -> int:
+        """``s0``: SSM indices that overlap the null bytes."""
+        return ceil_div(self.null_bytes, self.block_bytes)
+
+    @property
+    def page_limit(self) -> int:
+        """KV pages that exist if no SSM block does."""
+        return (self.pages * self.page_bytes - self.null_blocks * self.block_bytes) // (
+            self.page_bytes
+        )
+
+    @property
+    def block_limit(self) -> int:
+        """SSM blocks that exist if no KV page does."""
+        return self.pages * self.page_bytes // self.block_bytes - self.null_blocks
+
+    @property
+    def rounding_bytes(self) -> int:
+        """Bytes above the last whole KV page, used by nobody."""
+        return self.arena_bytes - self.pages * self.page_bytes
+
+    def unit(self, kind: Kind) -> int:
+        """Bytes of one page of a pool."""
+        return self.block_bytes if kind is Kind.SSM else self.page_bytes
+
+    def limit(self, kind: Kind) -> int:
+        """Pages that a pool holds if the other is empty."""
+        return self.block_limit if kind is Kind.SSM else self.page_limit
+
+    def fits(self, pages: int, blocks: int) -> bool:
+        """Whether so many KV pages and SSM blocks can exist together. No other rule binds."""
+        return (self.pages - pages) * self.page_bytes >= (
+            self.null_blocks + blocks
+        ) * self.block_bytes
+
+    def pages_for(self, tokens: int) -> int:
+        """KV pages that hold so many tokens."""
+        return ceil_div(tokens, self.page_tokens)
+
+    def sequences(self, tokens: int, blocks_each: int = 1) -> int:
+        """How many sequences of so many tokens fit together.
+
+        Args:
+            tokens: Length of each sequence.
+            blocks_each: SSM blocks that each holds.
+        """
+        pages = self.pages_for(tokens)
+        each = pages * self.page_bytes + blocks_each * self.block_bytes
+        usable = self.pages * self.page_bytes - self.null_blocks * self.block_bytes
+        return max(usable, 0) // each
+
+    def require_one_request(self, tokens: int, blocks_each: int = 1) -> None:
+        """Refuse an arena that cannot hold one request of so many tokens.
+
+        Raises:
+            ArenaTooSmall: With the bytes needed, the bytes there are, and the longest that fits.
+        """
+        if self.fits(self.pages_for(tokens), blocks_each):
+            return
+        fixed = (self.null_blocks + blocks_each) * self.block_bytes
+        needed = fixed + self.pages_for(tokens) * self.page_bytes
+        longest = max((self.pages * self.page_bytes - fixed) // self.page_bytes, 0)
+        raise ArenaTooSmall(
+            f"a request of max_model_len={tokens} tokens needs {needed} bytes "
+            f"({self.pages_for(tokens)} KV pages, {blocks_each} SSM block(s) and the null bytes) "
+            f"but the arena has {self.arena_bytes}: raise --kv-cache-memory-bytes or "
+            f"--gpu-memory-utilization, or set --max-model-len to at most "
+            f"{longest * self.page_tokens}"
+        )

@@ -1,0 +1,55 @@
+"""What a worker must do to its copy of the arena before the next forward pass.
+
+The order is part of the meaning: relocations as listed, with the page table written as they go;
+then zeroing; then copy-on-write. A relocation's source may be an earlier one's destination, and the
+two kinds of page share bytes, so copies may only be reordered where their byte ranges allow it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from avmp_vllm.core.handles import Kind
+
+
+class Relocation(NamedTuple):
+    """Move one page's bytes inside its own band, and swap two page-table entries.
+
+    Attributes:
+        handle: The mapped page that moves; it resolves to ``target`` afterwards.
+        displaced: The free page that was at ``target``; it resolves to ``source`` afterwards.
+        source: Physical index that the bytes leave.
+        target: Physical index that the bytes reach.
+    """
+
+    kind: Kind
+    handle: int
+    displaced: int
+    source: int
+    target: int
+
+
+class Copy(NamedTuple):
+    """Copy one page's bytes for copy-on-write; physical indices."""
+
+    kind: Kind
+    source: int
+    target: int
+
+
+@dataclass
+class MovePlan:
+    """One step's plan.
+
+    Attributes:
+        number: Counts plans from 1 without gaps, so that a worker notices a lost one.
+        relocations: In the order in which they must appear to happen.
+        zeros: Physical KV pages to clear.
+        copies: Copy-on-write pairs.
+    """
+
+    number: int
+    relocations: list[Relocation] = field(default_factory=list)
+    zeros: list[int] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
