@@ -1,0 +1,132 @@
+"""Mamba-1 layers on vLLM's CPU build, as an out-of-tree layer.
+
+vLLM 0.32 cannot run them there: ``selective_scan_fwd`` has no CPU kernel, the CPU
+``selective_state_update`` does not take a state without a head dimension, and the layer hands a
+transposed tensor to a GEMM that wants a contiguous one. This layer keeps vLLM's projections,
+convolutions, metadata and state layout, and brings its own scan. Once the stock layer runs on CPU,
+this file can go.
+"""
+
+from __future__ import annotations
+
+import torch
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
+from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
+    causal_conv1d_fn,
+    causal_conv1d_update,
+)
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadata
+from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+
+from avmp_vllm.engine.cpu_scan import selective_scan
+
+
+def register() -> None:
+    """Have vLLM build ``CpuMambaMixer`` for every Mamba-1 layer, if the platform is the CPU.
+
+    Does nothing on other platforms, when called again, or if the layer was replaced already.
+    """
+    name = MambaMixer.__name__
+    if current_platform.is_cpu() and name not in op_registry_oot:
+        PluggableLayer.register_oot(CpuMambaMixer, name=name)
+
+
+class CpuMambaMixer(MambaMixer):
+    """vLLM's ``MambaMixer`` with the forward pass of the CPU.
+
+    All tensors are [tokens, channels] with the decodes first, as vLLM orders a batch.
+    """
+
+    def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
+        """Write the layer's result for ``hidden_states`` [tokens, hidden] into ``output``."""
+        metadata = (get_forward_context().attn_metadata or {}).get(self.prefix)
+        if metadata is None:  # vLLM's profile run: no state to work on
+            output.zero_()
+            return
+        decodes, prefills = metadata.num_decode_tokens, metadata.num_prefill_tokens
+        if decodes != metadata.num_decodes:
+            raise NotImplementedError(
+                f"{self.prefix}: {decodes} tokens for {metadata.num_decodes} decodes. Speculative "
+                "decoding does not work with Mamba-1 layers on CPU; start without "
+                "--speculative-config"
+            )
+        tokens = decodes + prefills
+        x, gate = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
+        x = self._convolve(x, metadata)
+        dt, B, C = self._ssm_transform(x)
+        slots, query_start_loc, has_initial_state = _as_one_batch(metadata)
+        y = selective_scan(
+            x,
+            dt.transpose(-2, -1),
+            self.A,
+            B,
+            C,
+            self.kv_cache[1],
+            slots=slots,
+            query_start_loc=query_start_loc,
+            has_initial_state=has_initial_state,
+            D=self.D,
+            z=gate,
+            dt_bias=self._time_proj_bias(),
+        )
+        output[:tokens] = self.out_proj(y)[0]
+
+    def _convolve(self, x: torch.Tensor, metadata: Mamba1AttentionMetadata) -> torch.Tensor:
+        """Run vLLM's causal convolutions over ``x`` [tokens, channels] and their states."""
+        state = self.kv_cache[0]
+        if not is_conv_state_dim_first():
+            state = state.transpose(-1, -2)
+        weight = self.conv1d.weight.squeeze(1)
+        decodes = metadata.num_decode_tokens
+        parts = []
+        if decodes:
+            parts.append(
+                causal_conv1d_update(
+                    x[:decodes],
+                    state,
+                    weight,
+                    self.conv1d.bias,
+                    self.activation,
+                    conv_state_indices=metadata.state_indices_tensor_d,
+                )
+            )
+        if metadata.num_prefill_tokens:
+            parts.append(
+                causal_conv1d_fn(
+                    x[decodes:].transpose(-2, -1),
+                    weight,
+                    self.conv1d.bias,
+                    activation=self.activation,
+                    conv_states=state,
+                    has_initial_state=metadata.has_initial_states_p,
+                    cache_indices=metadata.state_indices_tensor_p,
+                    query_start_loc=metadata.query_start_loc_p,
+                    pad_slot_id=NULL_BLOCK_ID,
+                ).transpose(-2, -1)
+            )
+        return torch.cat(parts)
+
+
+def _as_one_batch(
+    metadata: Mamba1AttentionMetadata,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return slots, sequence starts and initial-state flags of decodes and prefills together.
+
+    A decode is a sequence of one token that goes on from its state.
+    """
+    decodes = metadata.num_decodes
+    slots, starts = [], [torch.arange(decodes, dtype=torch.int32)]
+    resumes = [torch.ones(decodes, dtype=torch.bool)]
+    if decodes:
+        slots.append(metadata.state_indices_tensor_d[:, 0])
+    if metadata.num_prefills:
+        slots.append(metadata.state_indices_tensor_p)
+        starts.append(metadata.query_start_loc_p + decodes)
+        resumes.append(metadata.has_initial_states_p)
+    else:
+        starts.append(torch.tensor([decodes], dtype=torch.int32))
+    return torch.cat(slots), torch.cat(starts), torch.cat(resumes)
