@@ -18,6 +18,8 @@ decide, so the same calls give the same relocations.
 
 from __future__ import annotations
 
+import zlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -89,6 +91,14 @@ class Arena:
         """Unreferenced cached pages of a pool."""
         return len(self._cached[kind])
 
+    def cached_handles(self, kind: Kind) -> list[int]:
+        """Handles of a pool's unreferenced cached pages, the next to be evicted first."""
+        return list(self._cached[kind])
+
+    def known(self, kind: Kind) -> int:
+        """Largest page id of a pool so far; ids are given out without gaps."""
+        return self._bands[kind].known
+
     def used(self, kind: Kind) -> int:
         """Referenced pages of a pool."""
         band = self._bands[kind]
@@ -148,6 +158,11 @@ class Arena:
             self._note_peak(Kind.SSM)
         return handles
 
+    def note_failure(self, pages: int, blocks: int) -> None:
+        """Count a request that does not fit, for a caller that asks `fits` before it allocates."""
+        short = Kind.KV if self._bands[Kind.KV].free < pages else Kind.SSM
+        self.statistics.failures[short] += 1
+
     def release(self, handles: Sequence[int]) -> None:
         """Free referenced pages of one pool whose last reference is gone."""
         if handles:
@@ -175,6 +190,11 @@ class Arena:
         del self._cached[kind][handle]
         self._bands[kind].give((handle,))
 
+    def inside(self, handle: int) -> bool:
+        """Whether a handle's page lies inside its band, so that its bytes belong to its pool."""
+        band = self._bands[kind_of(handle)]
+        return 1 <= band.position(handle) <= band.capacity
+
     def is_cached(self, handle: int) -> bool:
         """Whether a page is cached and unreferenced."""
         return handle in self._cached[kind_of(handle)]
@@ -189,8 +209,7 @@ class Arena:
     def _make_room(self, pages: int, blocks: int) -> None:
         """Bring so many free pages into both bands, or raise and change nothing."""
         if not self.fits(pages, blocks):
-            short = Kind.KV if self._bands[Kind.KV].free < pages else Kind.SSM
-            self.statistics.failures[short] += 1
+            self.note_failure(pages, blocks)
             raise AllocationFailure(
                 f"{pages} KV page(s) and {blocks} SSM block(s) do not fit: "
                 f"{self.used(Kind.KV)} pages and {self.used(Kind.SSM)} blocks are in use, room for "
@@ -271,6 +290,15 @@ class Arena:
             peaks[kind] = used
 
     # -- checks --------------------------------------------------------------------------------
+
+    def digest(self) -> tuple[tuple[int, int], int]:
+        """Known handles of each pool, and a checksum of the page table over them."""
+        value, known = 0, []
+        for band in self._bands:
+            table = array("i", [0, *map(band.physical, range(1, band.known + 1))])
+            value = zlib.crc32(table.tobytes(), value)
+            known.append(band.known)
+        return (known[0], known[1]), value
 
     def verify(self, referenced: Iterable[int] | None = None) -> None:
         """Check every invariant of the design.

@@ -47,9 +47,12 @@ class MovePlan:
         relocations: In the order in which they must appear to happen.
         zeros: Physical KV pages to clear.
         copies: Copy-on-write pairs.
+        digest: Under verification, the known handles of each pool and the page table's checksum
+            after this plan, which the worker compares with its own copy.
     """
 
     number: int
     relocations: list[Relocation] = field(default_factory=list)
     zeros: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    digest: tuple[tuple[int, int], int] | None = None

@@ -1,0 +1,57 @@
+"""An arena's bytes in one torch buffer, and move plans applied to them.
+
+Copies and fills are issued in plan order on the current stream, so on an accelerator they need no
+synchronisation of their own: what the previous step wrote is finished before, and what the next
+step reads comes after.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from avmp_vllm.core import Geometry, Kind, MovePlan
+
+#: Copies go by words of this type; every page size is a multiple of its eight bytes.
+WORD = torch.int64
+
+
+class TorchBuffer:
+    """The device buffer of an arena.
+
+    Args:
+        raw: Flat tensor over at least ``geometry.arena_bytes`` bytes, of any dtype and device.
+        geometry: Sizes of the pages in it.
+
+    Raises:
+        ValueError: A page size is not a multiple of a word, or the buffer is too short.
+    """
+
+    def __init__(self, raw: torch.Tensor, geometry: Geometry) -> None:
+        for kind in Kind:
+            if geometry.unit(kind) % WORD.itemsize:
+                raise ValueError(
+                    f"a {kind.label} page of {geometry.unit(kind)} bytes is not a multiple of "
+                    f"{WORD.itemsize}"
+                )
+        self._bytes = raw.view(torch.uint8)
+        if self._bytes.numel() < geometry.arena_bytes:
+            raise ValueError(
+                f"the buffer has {self._bytes.numel()} bytes, the arena {geometry.arena_bytes}"
+            )
+        usable = self._bytes.numel() // WORD.itemsize * WORD.itemsize
+        self._words = self._bytes[:usable].view(WORD)
+        self._unit = {kind: geometry.unit(kind) // WORD.itemsize for kind in Kind}
+
+    def page(self, kind: Kind, index: int) -> torch.Tensor:
+        """The words of one page by physical index, shape ``[page bytes / 8]``."""
+        unit = self._unit[kind]
+        return self._words[index * unit : (index + 1) * unit]
+
+    def apply(self, plan: MovePlan) -> None:
+        """Carry a plan out: relocations in order, then zeroing, then copy-on-write."""
+        for move in plan.relocations:
+            self.page(move.kind, move.target).copy_(self.page(move.kind, move.source))
+        for index in plan.zeros:
+            self.page(Kind.KV, index).zero_()
+        for copy in plan.copies:
+            self.page(copy.kind, copy.target).copy_(self.page(copy.kind, copy.source))

@@ -1,0 +1,161 @@
+"""vLLM's ``BlockPool`` over one pool of the arena.
+
+The prefix cache (hashes, events, metrics) stays vLLM's. What changes is where free blocks come
+from: the arena hands them out, and keeps the unreferenced cached ones in one eviction order over
+both pools. A block's id is its handle. Block objects are made when the band first reaches them, so
+a large arena costs nothing until it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from avmp_vllm.core import ID_MASK, Arena, Kind
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
+
+logger = init_logger("vllm." + __name__)
+
+
+class AVMPBlockPool(BlockPool):
+    """One pool's blocks.
+
+    Args:
+        arena: Shared by both pools.
+        kind: Which pool.
+        enable_caching: As in ``BlockPool``.
+        hash_block_size: As in ``BlockPool``.
+        enable_kv_cache_events: As in ``BlockPool``.
+        metrics_collector: As in ``BlockPool``.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        kind: Kind,
+        enable_caching: bool,
+        hash_block_size: int,
+        enable_kv_cache_events: bool = False,
+        metrics_collector: KVCacheMetricsCollector | None = None,
+    ) -> None:
+        # The parent makes the null block, id 0, and nothing else.
+        super().__init__(
+            1, enable_caching, hash_block_size, enable_kv_cache_events, metrics_collector
+        )
+        self.arena = arena
+        self.kind = kind
+        # Limit of ids; a manager that wants to wait asks for one more than this.
+        self.num_gpu_blocks = arena.geometry.limit(kind) + 1
+
+    def get_new_blocks(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Reference new blocks.
+
+        Raises:
+            AllocationFailure: The arena cannot hold them; the coordinator checks that first.
+        """
+        if not num_blocks:
+            return []
+        pages, blocks = (num_blocks, 0) if self.kind is Kind.KV else (0, num_blocks)
+        handles = self.arena.allocate(pages, blocks)
+        objects = self.blocks
+        if self.arena.known(self.kind) >= len(objects):
+            self._make_blocks()
+        new = [objects[handle & ID_MASK] for handle in handles]
+        for block in new:
+            assert block.ref_cnt == 0
+            block.ref_cnt = 1
+        if self.metrics_collector:
+            for block in new:
+                self.metrics_collector.on_block_allocated(block)
+        return new
+
+    def _make_blocks(self) -> None:
+        """Make the objects of handles that the band has reached for the first time."""
+        tag = self.kind.tag
+        self.blocks.extend(
+            KVCacheBlock(number | tag, pool=self)
+            for number in range(len(self.blocks), self.arena.known(self.kind) + 1)
+        )
+
+    def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Reference cached blocks once more."""
+        for block in blocks:
+            if block.ref_cnt == 0 and not block.is_null:
+                self.arena.revive(block.block_id)
+            block.ref_cnt += 1
+            if self.metrics_collector:
+                self.metrics_collector.on_block_accessed(block)
+
+    def free_blocks(self, ordered_blocks: Iterable[KVCacheBlock]) -> None:
+        """Drop one reference of each block, the one to be evicted first in front.
+
+        Blocks of the other pool are handed over to it.
+        """
+        free: list[int] = []
+        cached: list[int] = []
+        others: dict[BlockPool, list[KVCacheBlock]] = {}
+        for block in ordered_blocks:
+            if block.pool is not self:
+                if block.pool is not None:
+                    others.setdefault(block.pool, []).append(block)
+                continue
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0 and not block.is_null:
+                (free if block.block_hash is None else cached).append(block.block_id)
+        self.arena.release(free)
+        self.arena.cache(cached)
+        for pool, blocks in others.items():
+            pool.free_blocks(blocks)
+
+    def evict(self, handle: int) -> None:
+        """Forget the hashes of a cached block whose page the arena is about to reuse."""
+        self._maybe_evict_cached_block(self.blocks[handle & ID_MASK])
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Take blocks out of the prefix cache; unreferenced ones become free."""
+        for block_id in sorted(block_ids):
+            self._maybe_evict_cached_block(self.blocks[block_id & ID_MASK])
+            if self.arena.is_cached(block_id):
+                self.arena.drop(block_id)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every hash, if no block is referenced."""
+        used = self.arena.used(self.kind)
+        if used:
+            logger.warning(
+                "Failed to reset prefix cache because some %s blocks (%d) are not freed yet",
+                self.kind.label,
+                used,
+            )
+            return False
+        self.evict_blocks(set(self.arena.cached_handles(self.kind)))
+        self.cached_block_hash_to_block = BlockHashToBlockMap()
+        self.cached_block_hashes_by_block.clear()
+        if self.metrics_collector:
+            self.metrics_collector.reset()
+        return True
+
+    def get_num_free_blocks(self) -> int:
+        """Blocks that could be referenced now if the other pool asked for nothing."""
+        return self.arena.available(self.kind)
+
+    def get_usage(self) -> float:
+        """Share of the arena's usable bytes that this pool's referenced blocks hold."""
+        limit = self.arena.geometry.limit(self.kind)
+        return self.arena.used(self.kind) / limit if limit else 0.0
+
+    def unpin_blocks(
+        self, blocks: Iterable[KVCacheBlock], on_reuse: Callable[[KVCacheBlock], None]
+    ) -> None:
+        """Not offered: only KV connectors need it, and those are refused at start-up."""
+        raise NotImplementedError("AVMP does not support KV connectors")
+
+    def referenced(self) -> list[int]:
+        """Handles of all referenced blocks, for verification."""
+        return [b.block_id for b in self.blocks if b.ref_cnt and not b.is_null]

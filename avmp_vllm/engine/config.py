@@ -1,0 +1,116 @@
+"""AVMP's own options, held in ``additional_config["avmp"]``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+#: Values of ``--block-manager``.
+BLOCK_MANAGERS = ("default", "avmp")
+
+#: Set in the environment of child processes, so that their plugin installs the seams as well.
+SELECTED = "AVMP_BLOCK_MANAGER"
+
+
+class ConfigError(ValueError):
+    """An option that cannot be honoured; the message names it, its value and the way out."""
+
+
+class AVMPConfig(BaseModel):
+    """Options of the block manager.
+
+    Attributes:
+        page_tokens: Tokens of a KV page. Default: the smallest block that the attention backend
+            takes, or vLLM's ``--block-size`` if that is given.
+        checkpoint_tokens: With prefix caching, an SSM state is kept every so many tokens (and at
+            each prompt's last page). A multiple of the page; the default is the multiple nearest to
+            512 from above, or vLLM's ``--mamba-block-size`` if that is given.
+        migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
+            bytes.
+        verify: Check every invariant at every step (slow). ``AVMP_VERIFY=1`` does the same.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    page_tokens: int | None = Field(default=None, ge=1)
+    checkpoint_tokens: int | None = Field(default=None, ge=1)
+    migration_batch: int = Field(default=128, ge=1)
+    verify: bool = False
+
+    @classmethod
+    def read(cls, value: object) -> AVMPConfig:
+        """Make the options from a mapping, or from the path of a YAML file that holds one.
+
+        Raises:
+            ConfigError: Naming the key and what it may be.
+        """
+        if isinstance(value, str):
+            value = _read_yaml(value)
+        if not isinstance(value, dict):
+            raise ConfigError(
+                f'additional_config["avmp"] must be a mapping or the path of a YAML file, '
+                f"not {value!r}"
+            )
+        try:
+            config = cls(**value)
+        except ValidationError as error:
+            raise ConfigError(_explain(error)) from None
+        if os.environ.get("AVMP_VERIFY", "") not in ("", "0"):
+            config = config.model_copy(update={"verify": True})
+        return config
+
+
+def _read_yaml(path: str) -> Any:
+    try:
+        return yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise ConfigError(
+            f'additional_config["avmp"]: cannot read {path}: {error.strerror}'
+        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f'additional_config["avmp"]: {path} is not YAML: {error}') from None
+
+
+def _explain(error: ValidationError) -> str:
+    """One line for each problem of the options."""
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(key, AVMPConfig.model_fields, n=1, cutoff=0.0)
+            lines.append(
+                f"unknown option {key!r}: did you mean {near[0]!r}? "
+                f"Known: {', '.join(AVMPConfig.model_fields)}"
+            )
+        else:
+            lines.append(f"option {key!r} = {problem['input']!r}: {problem['msg']}")
+    return 'additional_config["avmp"]: ' + "; ".join(lines)
+
+
+def selected(additional_config: object) -> AVMPConfig | None:
+    """Return AVMP's options if a configuration asks for it, else None.
+
+    Raises:
+        ConfigError: An unknown block manager, options without it, or options that are wrong.
+    """
+    if not isinstance(additional_config, dict):
+        return None
+    manager = additional_config.get("block_manager", "default")
+    if manager not in BLOCK_MANAGERS:
+        raise ConfigError(
+            f"unknown block manager {manager!r}: --block-manager is one of "
+            f"{', '.join(BLOCK_MANAGERS)}"
+        )
+    if manager == "default":
+        if "avmp" in additional_config:
+            raise ConfigError(
+                'additional_config has "avmp" options, but AVMP is not in charge: '
+                "add --block-manager avmp, or remove them"
+            )
+        return None
+    return AVMPConfig.read(additional_config.get("avmp", {}))

@@ -1,0 +1,136 @@
+"""vLLM's cache coordinator over the two pools of an arena.
+
+vLLM's single-type managers keep the logic of prefix caching; the coordinator gives each of them the
+pool of its kind, and answers the one question that needs both pools at once: whether a request's
+pages and states fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_coordinator import (
+    HybridKVCacheCoordinator,
+    KVCacheCoordinator,
+    KVCacheCoordinatorNoPrefixCache,
+)
+
+from avmp_vllm.core import Arena, Kind, kind_of
+from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.block_pool import AVMPBlockPool
+from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+#: Answer to "how many blocks?" when they do not fit, larger than any number of free blocks.
+NOT_NOW = 1 << 62
+
+
+def without_blocks(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """The same configuration with one block.
+
+    vLLM's constructors make an object for every block. Ours let them run on this and then bring the
+    arena's own pools.
+    """
+    return replace(kv_cache_config, num_blocks=1)
+
+
+class DualPoolCoordinator(KVCacheCoordinator):
+    """What both coordinators have in common.
+
+    Args:
+        kv_cache_config: The arena's configuration.
+        migration_batch: As in ``Arena``.
+        kwargs: Of vLLM's coordinator.
+
+    Attributes:
+        arena: The allocator.
+        pools: By kind.
+        kinds: Of each cache group.
+    """
+
+    def __init__(
+        self, kv_cache_config: AVMPCacheConfig, migration_batch: int, **kwargs: Any
+    ) -> None:
+        super().__init__(without_blocks(kv_cache_config), **kwargs)
+        self.kv_cache_config = kv_cache_config
+        assert kv_cache_config.geometry is not None
+        self.arena = Arena(
+            kv_cache_config.geometry, migration_batch=migration_batch, on_evict=self._evict
+        )
+        stock = self.block_pool
+        self.pools = {
+            kind: AVMPBlockPool(
+                self.arena,
+                kind,
+                stock.enable_caching,
+                stock.hash_block_size,
+                stock.enable_kv_cache_events,
+                stock.metrics_collector,
+            )
+            for kind in Kind
+        }
+        self.block_pool = self.pools[Kind.KV]
+        self.kinds = [kind_of_spec(g.kv_cache_spec) for g in kv_cache_config.kv_cache_groups]
+        for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
+            manager.block_pool = self.pools[kind]
+            manager._null_block = self.pools[kind].null_block
+
+    def _evict(self, handle: int) -> None:
+        self.pools[kind_of(handle)].evict(handle)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_encoder_tokens: int,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Bytes that a request needs beyond what it has, counted in KV pages.
+
+        vLLM compares the answer with the KV pool's free pages, less a reserve that it wants kept.
+        The answer is ``NOT_NOW`` when both pools cannot serve their parts together; otherwise it
+        is never more than what is free, so that rounding refuses nothing that fits.
+        """
+        if self.retention_interval != 0:
+            prefill_end = 0  # as in the parent: dense retention reserves on every chunk
+        need = dict.fromkeys(Kind, 0)
+        for manager, kind, computed in zip(
+            self.single_type_managers, self.kinds, new_computed_blocks, strict=True
+        ):
+            need[kind] += manager.get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                computed,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                apply_admission_cap=apply_admission_cap,
+                prefill_end=prefill_end,
+            )
+        pages, blocks = need[Kind.KV], need[Kind.SSM]
+        arena = self.arena
+        if not arena.fits(pages, blocks):
+            if not apply_admission_cap:
+                arena.note_failure(pages, blocks)
+            return NOT_NOW
+        geometry = arena.geometry
+        in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
+        return min(in_pages, arena.available(Kind.KV))
+
+
+class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):
+    """With prefix caching."""
+
+
+class AVMPCoordinatorNoPrefixCache(DualPoolCoordinator, KVCacheCoordinatorNoPrefixCache):
+    """Without prefix caching."""

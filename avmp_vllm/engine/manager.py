@@ -1,0 +1,139 @@
+"""``AVMPBlockSpaceManager``: what vLLM's scheduler talks to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, kind_of
+from avmp_vllm.engine.config import AVMPConfig
+from avmp_vllm.engine.coordinator import (
+    AVMPCoordinator,
+    AVMPCoordinatorNoPrefixCache,
+    without_blocks,
+)
+from avmp_vllm.engine.layout import AVMPCacheConfig
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
+
+
+class AVMPBlockSpaceManager(KVCacheManager):
+    """vLLM's ``KVCacheManager`` with a dual-pool arena behind it.
+
+    Args:
+        kv_cache_config: The arena's configuration.
+        config: AVMP's options.
+        kwargs: Of ``KVCacheManager``.
+    """
+
+    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+        super().__init__(without_blocks(kv_cache_config), **kwargs)
+        self.kv_cache_config = kv_cache_config
+        self.config = config
+        common = {
+            "max_model_len": self.max_model_len,
+            "max_in_flight_tokens": kwargs["max_in_flight_tokens"],
+            "use_eagle": self.use_eagle,
+            "enable_kv_cache_events": self.enable_kv_cache_events,
+            "dcp_world_size": kwargs["dcp_world_size"],
+            "pcp_world_size": kwargs["pcp_world_size"],
+            "scheduler_block_size": kwargs["scheduler_block_size"],
+            "hash_block_size": kwargs["hash_block_size"],
+            "metrics_collector": self.metrics_collector,
+            "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+        }
+        self.coordinator = (
+            AVMPCoordinator(kv_cache_config, config.migration_batch, enable_caching=True, **common)
+            if self.enable_caching
+            else AVMPCoordinatorNoPrefixCache(kv_cache_config, config.migration_batch, **common)
+        )
+        self.arena = self.coordinator.arena
+        self.block_pool = self.coordinator.block_pool
+        self.watermark_blocks = int(kwargs["watermark"] * kv_cache_config.num_blocks)
+        self._plans = 0
+        self._copies: list[Copy] = []
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of the arena."""
+        return self.arena.geometry
+
+    @property
+    def usage(self) -> float:
+        """Share of the arena's usable bytes that are referenced, 0 to 1."""
+        geometry = self.geometry
+        null = geometry.null_blocks * geometry.block_bytes
+        used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
+        return used / (geometry.pages * geometry.page_bytes - null)
+
+    def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
+        """Drain pending copies; note where their pages are now.
+
+        The scheduler gives the endpoints' references back right after this call, and nothing is
+        allocated in between, so this is the moment at which their places are final.
+        """
+        copies, retained = super().take_kv_cache_block_copies()
+        self._copies += [
+            Copy(
+                kind_of(copy.dst_block_id),
+                self.arena.physical(copy.src_block_id),
+                self.arena.physical(copy.dst_block_id),
+            )
+            for copy in copies
+        ]
+        return copies, retained
+
+    def take_move_plan(self, to_zero: list[int] | None) -> MovePlan | None:
+        """Drain what the workers must do before the step that has just been scheduled.
+
+        Args:
+            to_zero: Handles of KV pages that were handed out during the step.
+
+        Returns:
+            The plan, or None if there is nothing to do.
+        """
+        arena = self.arena
+        relocations = arena.take_relocations()
+        # A page may have been given back in the same step, and its bytes to the other pool.
+        zeros = [arena.physical(handle) for handle in to_zero or () if arena.inside(handle)]
+        copies, self._copies = self._copies, []
+        if not (relocations or zeros or copies or self.config.verify):
+            return None
+        self._plans += 1
+        digest = arena.digest() if self.config.verify else None
+        return MovePlan(self._plans, relocations, zeros, copies, digest)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Take the cache events of both pools."""
+        kv, ssm = (self.coordinator.pools[kind] for kind in Kind)
+        kv.kv_event_queue += ssm.take_events()
+        return super().take_events()
+
+    def verify(self) -> None:
+        """Check every invariant of the arena, and that vLLM's blocks agree with it.
+
+        Raises:
+            InvariantViolation: Naming what does not add up.
+        """
+        pools = self.coordinator.pools
+        self.arena.verify([handle for pool in pools.values() for handle in pool.referenced()])
+        found: list[str] = []
+        for kind, pool in pools.items():
+            for block in pool.blocks:
+                if block.is_null or block.ref_cnt:
+                    continue
+                cached = self.arena.is_cached(block.block_id)
+                if cached != (block.block_hash is not None):
+                    found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
+        for manager in self.coordinator.single_type_managers:
+            for request, blocks in manager.req_to_blocks.items():
+                found += [
+                    f"request {request} holds block {block.block_id}, which nobody references"
+                    for block in blocks
+                    if not block.is_null and block.ref_cnt < 1
+                ]
+        if found:
+            raise InvariantViolation("; ".join(found[:20]))

@@ -1,0 +1,85 @@
+"""The schedulers: vLLM's own, with AVMP's manager, sending each step's move plan to the workers."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from avmp_vllm.engine import metrics
+from avmp_vllm.engine.config import selected
+from avmp_vllm.engine.coordinator import without_blocks
+from avmp_vllm.engine.layout import AVMPCacheConfig, checkpoint_spacing
+from avmp_vllm.engine.manager import AVMPBlockSpaceManager
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+
+#: Attribute of ``SchedulerOutput`` in which a plan travels; pickled with it to worker processes.
+PLAN = "avmp_move_plan"
+
+
+class MovePlanMixin(Scheduler):
+    """What AVMP adds to either of vLLM's schedulers."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(vllm_config, without_blocks(kv_cache_config), *args, **kwargs)
+        config = selected(vllm_config.additional_config)
+        assert config is not None
+        self.kv_cache_config = kv_cache_config
+        # vLLM's scheduler reads block_size for one purpose: to end prefill chunks where a state is
+        # checkpointed. The engine core sets it to the smaller of the groups' sizes, which here is
+        # the KV page, and states would then be published under hashes of longer prefixes.
+        self.cache_config = copy.copy(self.cache_config)
+        self.cache_config.block_size = checkpoint_spacing(kv_cache_config)
+        self.kv_cache_manager = AVMPBlockSpaceManager(
+            kv_cache_config,
+            config,
+            max_model_len=self.max_model_len,
+            scheduler_block_size=self.block_size,
+            hash_block_size=self.hash_block_size,
+            max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+            enable_caching=self.cache_config.enable_prefix_caching,
+            use_eagle=self.use_eagle_block_drop,
+            num_prefill_lookahead=self.num_prefill_lookahead,
+            log_stats=self.log_stats,
+            enable_kv_cache_events=self.enable_kv_cache_events,
+            dcp_world_size=self.dcp_world_size,
+            pcp_world_size=1,
+            metrics_collector=self.kv_metrics_collector,
+            watermark=self.scheduler_config.watermark,
+        )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step and attach what the workers must move before it."""
+        output = super().schedule(*args, **kwargs)
+        manager = self.kv_cache_manager
+        plan = manager.take_move_plan(output.new_block_ids_to_zero)
+        # Both lists name handles; the plan has them as physical pages, in the right order.
+        output.new_block_ids_to_zero = None
+        output.kv_cache_block_copies = None
+        setattr(output, PLAN, plan)
+        if manager.config.verify:
+            manager.verify()
+        return output
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add the arena's counters to vLLM's statistics."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            metrics.attach(stats, self.kv_cache_manager.arena)
+        return stats
+
+
+class AVMPScheduler(MovePlanMixin, Scheduler):
+    """Schedules a step after the previous one's output."""
+
+
+class AVMPAsyncScheduler(MovePlanMixin, AsyncScheduler):
+    """Schedules a step while the previous one runs."""
