@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels.pages import _TAG, ID_MASK, SSM_TAG, PageTable, resolve_kv, resolve_ssm
 
 _BLOCK = 1024

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels.pages import _TAG, PageTable
 from avmp_kernels.relocate import upload
 

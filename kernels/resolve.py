@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels.pages import PageTable, resolve_kv, resolve_ssm, table_args
 
 PAD_SLOT = -1

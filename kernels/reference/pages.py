@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-
 from avmp_kernels.pages import ID_MASK, SSM_TAG, PageTable
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from avmp_kernels.pages import SSM_TAG, PageTable
 
 

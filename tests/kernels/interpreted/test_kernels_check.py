@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import distinct_handles, generator, random_table
-from hypothesis import given
-from hypothesis import strategies as st
-
 from avmp_kernels.check import HandleCheck
 from avmp_kernels.pages import SSM_TAG
 from avmp_kernels.reference.pages import first_bad_handle
+from batches import distinct_handles, generator, random_table
+from hypothesis import given
+from hypothesis import strategies as st
 
 _NUM_KV, _NUM_SSM = 30, 20
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import distinct_handles, generator, random_table
-from hypothesis import given
-from hypothesis import strategies as st
-
 from avmp_kernels import page_table, relocate
 from avmp_kernels.pages import SSM_TAG, PageTable
 from avmp_kernels.reference import pages as reference
+from batches import distinct_handles, generator, random_table
+from hypothesis import given
+from hypothesis import strategies as st
 
 # KV page and SSM block: multiples of 16 that do not divide each other, either may be the larger.
 _SIZES = st.sampled_from([(32, 112), (48, 32), (16, 1024), (64, 64), (16400, 32)])

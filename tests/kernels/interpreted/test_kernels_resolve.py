@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import generator, random_table, starts_of
-from hypothesis import given
-from hypothesis import strategies as st
-
 from avmp_kernels.pages import SSM_TAG
 from avmp_kernels.reference.pages import resolve_group
 from avmp_kernels.resolve import Resolver
+from batches import generator, random_table, starts_of
+from hypothesis import given
+from hypothesis import strategies as st
 
 _NUM_KV, _NUM_SSM, _MAX_REQUESTS, _WIDTHS = 40, 12, 6, (9, 3, 5)
 _PAGE_TOKENS, _IS_SSM, _HAS_SLOTS = (4, 16, 8), (False, True, False), (True, False, True)
