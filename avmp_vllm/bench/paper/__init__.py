@@ -1,0 +1,1 @@
+"""The paper's experiment: reproduced, then corrected."""
