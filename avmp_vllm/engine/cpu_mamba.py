@@ -2,12 +2,15 @@
 
 vLLM 0.32 cannot run them there: ``selective_scan_fwd`` has no CPU kernel, the CPU
 ``selective_state_update`` does not take a state without a head dimension, and the layer hands a
-transposed tensor to a GEMM that wants a contiguous one. This layer keeps vLLM's projections,
+transposed tensor to a GEMM that wants a contiguous one, and in bf16 it reads convolution weights
+that were packed for other kernels on CPUs with AVX512-BF16. This layer keeps vLLM's projections,
 convolutions, metadata and state layout, and brings its own scan. Once the stock layer runs on CPU,
 this file can go.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from vllm.forward_context import get_forward_context
@@ -40,6 +43,13 @@ class CpuMambaMixer(MambaMixer):
 
     All tensors are [tokens, channels] with the decodes first, as vLLM orders a batch.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A view taken now keeps the weights [channels, kernel] as they are loaded. vLLM's Mamba-2
+        # layer does the same; packing later gives `conv1d.weight` other data.
+        weights = self.conv1d.weight.squeeze(1)
+        self.register_buffer("conv_weights", weights.detach(), persistent=False)
 
     def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
         """Write the layer's result for ``hidden_states`` [tokens, hidden] into ``output``."""
@@ -80,7 +90,6 @@ class CpuMambaMixer(MambaMixer):
         state = self.kv_cache[0]
         if not is_conv_state_dim_first():
             state = state.transpose(-1, -2)
-        weight = self.conv1d.weight.squeeze(1)
         decodes = metadata.num_decode_tokens
         parts = []
         if decodes:
@@ -88,7 +97,7 @@ class CpuMambaMixer(MambaMixer):
                 causal_conv1d_update(
                     x[:decodes],
                     state,
-                    weight,
+                    self.conv_weights,
                     self.conv1d.bias,
                     self.activation,
                     conv_state_indices=metadata.state_indices_tensor_d,
@@ -98,7 +107,7 @@ class CpuMambaMixer(MambaMixer):
             parts.append(
                 causal_conv1d_fn(
                     x[decodes:].transpose(-2, -1),
-                    weight,
+                    self.conv_weights,
                     self.conv1d.bias,
                     activation=self.activation,
                     conv_states=state,
