@@ -1,0 +1,327 @@
+"""Token-for-token equality with stock vLLM on the live engine, and controls that it can fail.
+
+Every AVMP engine here runs with ``verify``: all invariants at every step, and the worker's page
+table compared with the scheduler's.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from enginelib import (
+    AMPLE,
+    assert_nothing_held,
+    counted,
+    engine,
+    greedy,
+    mixed_prompts,
+    runner_of,
+    scheduler_of,
+    stock_answers,
+    tokens,
+)
+
+from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.backing.torch_buffer import TorchBuffer
+from avmp_vllm.core import Kind
+from avmp_vllm.engine.worker import MovePlanRunnerMixin
+
+#: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
+TIGHT = 2_400_000
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["no-cache", "cache"])
+@pytest.mark.parametrize("memory", [AMPLE, TIGHT], ids=["ample", "tight"])
+def test_answers_equal_stock(tiny_jamba, caching, memory):
+    """The mixed prompts, twice: the second round hits the cache where there is one."""
+    expected = stock_answers(tiny_jamba)
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        kv_cache_memory_bytes=memory,
+        enable_prefix_caching=caching,
+    ) as llm:
+        for _ in range(2):
+            assert greedy(llm, mixed_prompts()) == expected
+        assert_nothing_held(llm)
+        did = counted(llm)
+        if memory == TIGHT:
+            assert did.statistics.migrations[Kind.KV] > 0
+            assert did.statistics.migrations[Kind.SSM] > 0
+            assert sum(did.statistics.relocations.values()) > 0
+            assert did.preemptions > 0
+        else:
+            assert sum(did.statistics.migrations.values()) == 0
+        if caching:
+            assert llm.get_metrics()  # the engine kept statistics
+            assert scheduler_of(llm).kv_cache_manager.arena.cached(Kind.KV) > 0
+            assert scheduler_of(llm).kv_cache_manager.arena.cached(Kind.SSM) > 0
+
+
+@pytest.mark.parametrize("caching", [False, True], ids=["no-cache", "cache"])
+def test_chunked_prefill(tiny_jamba, caching):
+    """Chunks far shorter than the prompts, and shorter than the checkpoint spacing."""
+    expected = stock_answers(tiny_jamba)
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=caching,
+        max_num_batched_tokens=48,
+    ) as llm:
+        assert greedy(llm, mixed_prompts()) == expected
+        assert_nothing_held(llm)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 10_000])
+def test_migration_batch(tiny_jamba, batch):
+    """Any batch gives the same tokens; a small one migrates more often."""
+    expected = stock_answers(tiny_jamba)
+    with engine(tiny_jamba, avmp={"migration_batch": batch}, kv_cache_memory_bytes=TIGHT) as llm:
+        assert greedy(llm, mixed_prompts()) == expected
+        assert sum(counted(llm).statistics.migrations.values()) > 0
+
+
+def test_async_scheduling(tiny_jamba):
+    """Plans are applied in order when steps are scheduled ahead of their predecessors' output."""
+    expected = stock_answers(tiny_jamba)
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=True,
+        async_scheduling=True,
+    ) as llm:
+        assert type(scheduler_of(llm)).__name__ == "AVMPAsyncScheduler"
+        for _ in range(2):
+            assert greedy(llm, mixed_prompts()) == expected
+        assert_nothing_held(llm)
+        assert sum(counted(llm).statistics.relocations.values()) > 0
+
+
+def test_several_answers_and_long_outputs(tiny_jamba):
+    """``n`` answers a prompt, each crossing many pages and several checkpoints."""
+    prompts = mixed_prompts(seed=7, count=6)
+    answers = {}
+    for name, avmp, memory in (("stock", None, AMPLE), ("avmp", {"checkpoint_tokens": 64}, TIGHT)):
+        with engine(
+            tiny_jamba,
+            avmp=avmp,
+            kv_cache_memory_bytes=memory,
+            enable_prefix_caching=True,
+        ) as llm:
+            answers[name] = greedy(llm, prompts, max_tokens=200, n=3)
+            if avmp is not None:
+                assert_nothing_held(llm)
+    assert answers["avmp"] == answers["stock"]
+    assert all(len(each) == 3 for each in answers["avmp"])
+
+
+def test_vacated_pages_are_never_read(tiny_jamba, monkeypatch):
+    """Every page that a relocation leaves is filled with NaN; answers do not change."""
+    expected = stock_answers(tiny_jamba)
+    applied = TorchBuffer.apply
+
+    def poisoning(self, plan):
+        for move in plan.relocations:
+            self.page(move.kind, move.target).copy_(self.page(move.kind, move.source))
+            self.page(move.kind, move.source).view(torch.float32).fill_(float("nan"))
+        plan.relocations = []
+        applied(self, plan)
+
+    monkeypatch.setattr(TorchBuffer, "apply", poisoning)
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=True,
+    ) as llm:
+        for _ in range(2):
+            assert greedy(llm, mixed_prompts()) == expected
+        assert sum(counted(llm).statistics.relocations.values()) > 0
+
+
+def _without_copies(monkeypatch):
+    applied = TorchBuffer.apply
+
+    def skip(self, plan):
+        plan.relocations = []
+        applied(self, plan)
+
+    monkeypatch.setattr(TorchBuffer, "apply", skip)
+
+
+def _without_table_writes(monkeypatch):
+    monkeypatch.setattr(PageTable, "apply", lambda self, relocations: None)
+
+
+def _without_copy_on_write(monkeypatch):
+    applied = TorchBuffer.apply
+
+    def skip(self, plan):
+        plan.copies = []
+        applied(self, plan)
+
+    monkeypatch.setattr(TorchBuffer, "apply", skip)
+
+
+def _plans_after_the_step(monkeypatch):
+    applied = MovePlanRunnerMixin._apply
+    held = []
+
+    def late(self, plan):
+        held.append(plan)
+        if len(held) > 1:
+            applied(self, held.pop(0))
+
+    monkeypatch.setattr(MovePlanRunnerMixin, "_apply", late)
+
+
+@pytest.mark.parametrize(
+    "breakage",
+    [_without_copies, _without_table_writes, _without_copy_on_write, _plans_after_the_step],
+)
+def test_control_broken_plans_change_answers(tiny_jamba, monkeypatch, breakage):
+    """The equality tests would notice a plan that is not carried out."""
+    expected = stock_answers(tiny_jamba)
+    breakage(monkeypatch)
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128, "verify": False},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=True,
+    ) as llm:
+        rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+    assert rounds != [expected] * 2
+
+
+def test_control_align_trap(tiny_jamba):
+    """Chunks that end on pages instead of checkpoints publish states under the wrong hash."""
+    options = {
+        "avmp": {"checkpoint_tokens": 128},
+        "enable_prefix_caching": True,
+        "max_num_batched_tokens": 96,
+    }
+    expected = stock_answers(tiny_jamba, seed=3, count=24)
+    for trapped in (False, True):
+        with engine(tiny_jamba, **options) as llm:
+            scheduler = scheduler_of(llm)
+            assert scheduler.cache_config.block_size == 128
+            if trapped:
+                scheduler.cache_config.block_size = 32
+            rounds = [greedy(llm, mixed_prompts(seed=3, count=24)) for _ in range(3)]
+        assert (rounds == [expected] * 3) is not trapped
+
+
+def test_aborted_requests_lose_nothing(tiny_jamba):
+    """Requests that are aborted in mid-stream give their pages back; the others' answers stand."""
+    from vllm import SamplingParams
+
+    expected = stock_answers(tiny_jamba)
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=True,
+    ) as llm:
+        core = llm.llm_engine
+        params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+        for index, prompt in enumerate(mixed_prompts()):
+            core.add_request(str(index), prompt, params)
+        finished = {}
+        steps = 0
+        while core.has_unfinished_requests():
+            for output in core.step():
+                if output.finished:
+                    finished[int(output.request_id)] = list(output.outputs[0].token_ids)
+            steps += 1
+            if steps in (5, 12, 20):
+                core.abort_request([str(steps % 20), str((steps * 7) % 20)])
+        whole = {i: t for i, t in finished.items() if len(t) == 40}
+        assert 10 < len(whole) < 20
+        assert all(expected[index][0] == answer for index, answer in whole.items())
+        assert_nothing_held(llm)
+
+
+def test_mamba2_hybrid(tiny_granite):
+    """Nothing knows a model by name: another family, Mamba-2 states, under pressure."""
+    expected = stock_answers(tiny_granite)
+    for caching in (False, True):
+        with engine(
+            tiny_granite,
+            avmp={"checkpoint_tokens": 128},
+            kv_cache_memory_bytes=1_500_000,
+            enable_prefix_caching=caching,
+        ) as llm:
+            for _ in range(2):
+                assert greedy(llm, mixed_prompts()) == expected
+            assert_nothing_held(llm)
+            assert sum(counted(llm).statistics.migrations.values()) > 0
+
+
+def test_bf16_runs(tiny_jamba):
+    """Half-precision weights and caches under pressure, to the end, without an error."""
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        dtype="bfloat16",
+        kv_cache_memory_bytes=TIGHT // 2,
+        enable_prefix_caching=True,
+    ) as llm:
+        answers = greedy(llm, mixed_prompts())
+        assert all(len(answer) == 40 for (answer,) in answers)
+        assert_nothing_held(llm)
+
+
+def test_tensor_parallel(tiny_jamba, monkeypatch):
+    """Two ranks apply the same plans to arenas of their own."""
+    expected = stock_answers(tiny_jamba)
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with engine(
+        tiny_jamba,
+        avmp={"checkpoint_tokens": 128},
+        kv_cache_memory_bytes=TIGHT // 2,
+        enable_prefix_caching=True,
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+    ) as llm:
+        assert greedy(llm, mixed_prompts()) == expected
+        did = counted(llm).statistics
+        assert sum(did.migrations.values()) > 0
+        assert sum(did.relocations.values()) > 0
+
+
+def test_smallest_arena_finishes_every_request(tiny_jamba):
+    """An arena that holds one request of ``max_model_len`` serves all, one after the other."""
+    import random
+
+    from avmp_vllm.core import ArenaTooSmall
+
+    rng = random.Random(5)
+    prompts = [{"prompt_token_ids": tokens(rng, n)} for n in (440, 20, 470, 300, 31, 410)]
+    with engine(tiny_jamba) as llm:
+        expected = greedy(llm, prompts)
+    for caching, blocks in ((False, 1), (True, 3)):
+        page, block = 32_768, 116_736
+        least = block + blocks * block + 16 * page
+        least = -(-least // page) * page  # whole KV pages
+        with (
+            pytest.raises(ArenaTooSmall, match="--max-model-len to at most 480"),
+            engine(
+                tiny_jamba,
+                avmp={},
+                kv_cache_memory_bytes=least - page,
+                enable_prefix_caching=caching,
+            ),
+        ):
+            pass
+        with engine(
+            tiny_jamba,
+            avmp={"checkpoint_tokens": 64},
+            kv_cache_memory_bytes=least,
+            enable_prefix_caching=caching,
+        ) as llm:
+            geometry = runner_of(llm).kv_cache_config.geometry
+            assert (geometry.page_bytes, geometry.block_bytes) == (page, block)
+            assert greedy(llm, prompts) == expected
+            assert_nothing_held(llm)
