@@ -26,8 +26,8 @@ def find_request(query_start_loc, block, num_requests, BLOCK: tl.constexpr):
 
     ``i == num_requests`` stands for the padding.
     """
-    low = 0
-    high = num_requests + 1
+    low = block * 0
+    high = low + num_requests + 1
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(query_start_loc + middle) // BLOCK + middle <= block:
