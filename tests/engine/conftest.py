@@ -40,3 +40,19 @@ def tiny_llama(tmp_path_factory) -> str:
 def tiny_mamba(tmp_path_factory) -> str:
     """SSM layers only."""
     return str(tiny_hybrids.write_tiny_mamba(tmp_path_factory.mktemp("mamba")))
+
+
+@pytest.fixture
+def caplog_vllm(caplog):
+    """Captured log of vLLM's loggers, which do not hand records to the root logger."""
+    import logging
+
+    logger = logging.getLogger("vllm")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.addHandler(caplog.handler)
+    caplog.handler.setLevel(logging.INFO)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+    logger.setLevel(level)
+    logger.propagate = propagate

@@ -1,0 +1,258 @@
+"""Options: what is accepted, where, and what the errors say."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+from enginelib import engine
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
+from avmp_vllm.engine.options import REFUSALS, refuse
+from avmp_vllm.engine.selection import ASYNC_SCHEDULER, SCHEDULER, take_charge
+
+
+def _parse(*words: str) -> EngineArgs:
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return AsyncEngineArgs.from_cli_args(parser.parse_args(list(words)))
+
+
+# -- the flag and the mapping ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--block-manager", "avmp", "--additional-config", '{"avmp": {"migration_batch": 7}}'),
+        ("--additional-config", '{"avmp": {"migration_batch": 7}}', "--block-manager", "avmp"),
+        ("--additional-config", '{"block_manager": "avmp", "avmp": {"migration_batch": 7}}'),
+    ],
+)
+def test_flag_and_mapping_in_any_order(words):
+    """The flag and ``--additional-config`` may stand before or after each other."""
+    assert selected(_parse(*words).additional_config) == AVMPConfig(migration_batch=7)
+
+
+@pytest.mark.parametrize("words", [(), ("--block-manager", "default")])
+def test_default_changes_nothing(words):
+    """No trace of the flag remains in the configuration."""
+    arguments = _parse(*words)
+    assert not arguments.additional_config
+    assert selected(arguments.additional_config) is None
+
+
+def test_flag_wins_over_the_mapping():
+    """The more visible place decides."""
+    words = ("--block-manager", "default", "--additional-config", '{"block_manager": "avmp"}')
+    assert selected(_parse(*words).additional_config) is None
+
+
+def test_unknown_block_manager_on_the_command_line(capsys):
+    """argparse names the option, the value and the choices."""
+    with pytest.raises(SystemExit):
+        _parse("--block-manager", "avpm")
+    error = capsys.readouterr().err
+    assert "--block-manager" in error
+    assert "avpm" in error
+    assert "default" in error
+
+
+def test_yaml_file(tmp_path):
+    """Options may live in a file."""
+    path = tmp_path / "avmp.yaml"
+    path.write_text("checkpoint_tokens: 256\nmigration_batch: 16\n")
+    config = selected({"block_manager": "avmp", "avmp": str(path)})
+    assert config == AVMPConfig(checkpoint_tokens=256, migration_batch=16)
+
+
+def test_verify_by_environment(monkeypatch):
+    """``AVMP_VERIFY=1`` turns checking on without touching the configuration."""
+    assert not AVMPConfig.read({}).verify
+    monkeypatch.setenv("AVMP_VERIFY", "1")
+    assert AVMPConfig.read({}).verify
+    monkeypatch.setenv("AVMP_VERIFY", "0")
+    assert not AVMPConfig.read({}).verify
+
+
+@pytest.mark.parametrize(
+    ("additional", "message"),
+    [
+        ({"block_manager": "AVMP"}, "unknown block manager 'AVMP'.*default, avmp"),
+        ({"avmp": {}}, "AVMP is not in charge.*--block-manager avmp"),
+        (
+            {"block_manager": "avmp", "avmp": {"checkpoint_token": 4}},
+            "unknown option 'checkpoint_token': did you mean 'checkpoint_tokens'",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"migration_batch": "many"}},
+            "option 'migration_batch' = 'many': .*integer",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"migration_batch": 0}},
+            "option 'migration_batch' = 0: .*greater than or equal to 1",
+        ),
+        ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
+        ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),
+        ({"block_manager": "avmp", "avmp": "/no/such.yaml"}, "cannot read /no/such.yaml"),
+    ],
+)
+def test_wrong_options(additional, message):
+    """Each error names the key, the value, and what it may be."""
+    with pytest.raises(ConfigError, match=message):
+        selected(additional)
+
+
+def test_file_that_is_not_yaml(tmp_path):
+    """The file is named."""
+    path = tmp_path / "broken.yaml"
+    path.write_text("{: [")
+    with pytest.raises(ConfigError, match=r"broken\.yaml is not YAML"):
+        selected({"block_manager": "avmp", "avmp": str(path)})
+
+
+# -- vLLM's options --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def vllm_config(tiny_jamba):
+    """A configuration that AVMP takes, before AVMP's classes are named in it."""
+    return EngineArgs(
+        tiny_jamba, dtype="float32", max_model_len=512, kv_cache_memory_bytes=8 << 20
+    ).create_engine_config()
+
+
+def test_supported_configuration_is_not_refused(vllm_config):
+    """The control of the refusals below."""
+    refuse(vllm_config)
+
+
+#: How each refused option looks when it is set, by the path to it in ``VllmConfig``.
+SET = {
+    "--kv-transfer-config": {"kv_transfer_config": argparse.Namespace(kv_connector="Nixl")},
+    "--kv-offloading-size": {"cache_config.kv_offloading_size": 4.0},
+    "--enable-sleep-mode": {"model_config.enable_sleep_mode": True},
+    "--decode-context-parallel-size": {"parallel_config.decode_context_parallel_size": 2},
+    "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
+    "--pipeline-parallel-size": {"parallel_config.pipeline_parallel_size": 2},
+    "--speculative-config": {"speculative_config": argparse.Namespace(method="ngram")},
+    "--attention-config.hisparse_config": {"attention_config.hisparse_config": object()},
+    "--disable-hybrid-kv-cache-manager": {"scheduler_config.disable_hybrid_kv_cache_manager": True},
+    "--num-gpu-blocks-override": {"cache_config.num_gpu_blocks_override": 100},
+    "--mamba-cache-mode": {"cache_config.mamba_cache_mode": "all"},
+    "--use-replayssm": {"cache_config.use_replayssm": True},
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.option)
+def test_refused_options(vllm_config, monkeypatch, refusal):
+    """Each option under which handles or bands would be wrong is refused, with the way out."""
+    if refusal.option == "VLLM_USE_V2_MODEL_RUNNER":
+        monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", True)
+    else:
+        ((path, value),) = SET[refusal.option].items()
+        *owners, name = path.split(".")
+        owner = vllm_config
+        for part in owners:
+            owner = getattr(owner, part)
+        monkeypatch.setitem(owner.__dict__, name, value)
+    with pytest.raises(ConfigError, match=rf"{refusal.option} = .*--block-manager default"):
+        refuse(vllm_config)
+
+
+def test_other_classes_are_refused(vllm_config, monkeypatch):
+    """AVMP brings its own scheduler and worker."""
+    monkeypatch.setattr(vllm_config.parallel_config, "worker_cls", "my.Worker")
+    with pytest.raises(ConfigError, match=r"--worker-cls my.Worker"):
+        take_charge(vllm_config)
+    monkeypatch.undo()
+    monkeypatch.setattr(vllm_config.scheduler_config, "scheduler_cls", "my.Scheduler")
+    with pytest.raises(ConfigError, match=r"--scheduler-cls my.Scheduler"):
+        take_charge(vllm_config)
+
+
+@pytest.mark.parametrize(
+    ("asynchronous", "expected"), [(None, SCHEDULER), (False, SCHEDULER), (True, ASYNC_SCHEDULER)]
+)
+def test_scheduler_class_follows_the_option(tiny_jamba, asynchronous, expected):
+    """The CPU platform schedules synchronously unless asked by name."""
+    config = EngineArgs(
+        tiny_jamba,
+        dtype="float32",
+        async_scheduling=asynchronous,
+        additional_config={"block_manager": "avmp"},
+    ).create_engine_config()
+    assert config.scheduler_config.scheduler_cls == expected
+
+
+# -- models and sizes ------------------------------------------------------------------------------
+
+
+def test_model_without_ssm_layers(tiny_llama):
+    """Named, with the way out."""
+    with pytest.raises(ConfigError, match=r"has no SSM layers.*--block-manager default"):
+        EngineArgs(tiny_llama, additional_config={"block_manager": "avmp"}).create_engine_config()
+
+
+def test_model_without_attention_layers(tiny_mamba):
+    """Named, with the way out."""
+    with pytest.raises(ConfigError, match=r"has no attention layers.*--block-manager default"):
+        EngineArgs(tiny_mamba, additional_config={"block_manager": "avmp"}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("avmp", "options", "message"),
+    [
+        ({"page_tokens": 48}, {}, "page_tokens = 48: CPU_ATTN takes pages of a multiple of 32"),
+        ({"checkpoint_tokens": 100}, {}, "checkpoint_tokens = 100: .*page's 32.*128 is the next"),
+        ({"checkpoint_tokens": 32}, {}, "checkpoint_tokens = 32: .*more than one page"),
+        ({}, {"kv_cache_memory_bytes": 600_000}, "max_model_len=512 .*--kv-cache-memory-bytes"),
+        ({}, {"kv_cache_memory_bytes": 100_000}, "an arena of 100000 bytes"),
+    ],
+)
+def test_sizes_that_cannot_work(tiny_jamba, avmp, options, message):
+    """Refused at start-up, naming the option, the value and a value that works."""
+    with (
+        pytest.raises(ValueError, match=message),
+        engine(tiny_jamba, avmp=avmp, enable_prefix_caching=True, **options),
+    ):
+        pass
+
+
+def test_page_and_spacing_follow_vllms_options(tiny_jamba):
+    """``--block-size`` and ``--mamba-block-size`` mean what their names say."""
+    from enginelib import runner_of
+
+    with engine(
+        tiny_jamba, avmp={}, enable_prefix_caching=True, block_size=64, mamba_block_size=256
+    ) as llm:
+        sizes = [g.kv_cache_spec.block_size for g in runner_of(llm).kv_cache_config.kv_cache_groups]
+    assert sizes == [64, 256]
+
+
+def test_max_model_len_is_found(tiny_jamba):
+    """``--max-model-len -1`` gives the longest that the arena holds."""
+    with engine(tiny_jamba, avmp={}, max_model_len=-1, kv_cache_memory_bytes=2_000_000) as llm:
+        longest = llm.llm_engine.model_config.max_model_len
+    assert longest == (2_000_000 // 32_768 * 32_768 - 2 * 116_736) // 32_768 * 32
+
+
+def test_too_many_sequences_are_clamped(tiny_jamba, caplog_vllm):
+    """A warning with both numbers, not a crash."""
+    from enginelib import scheduler_of
+
+    with engine(tiny_jamba, avmp={}, kv_cache_memory_bytes=1_000_000, max_num_seqs=64) as llm:
+        assert scheduler_of(llm).max_num_running_reqs == 5
+    assert "--max-num-seqs 64 lowered to 5" in caplog_vllm.text
+
+
+def test_capacity_block(tiny_jamba, caplog_vllm):
+    """What fits, by length, beside stock vLLM in the same bytes."""
+    with engine(tiny_jamba, avmp={}, kv_cache_memory_bytes=4_000_000):
+        pass
+    text = caplog_vllm.text
+    assert "AVMP arena: 4,000,000 bytes" in text
+    assert "32,768 bytes  32 tokens of 2 attention layers" in text
+    assert "116,736 bytes  one state of 6 SSM layers" in text
+    assert "stock vLLM: block of 128 tokens, 29 usable blocks, 4 block tables" in text
