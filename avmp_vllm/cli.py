@@ -26,7 +26,10 @@ COMMANDS: dict[str, Command] = {
     "demo": Command("avmp_vllm.demo.run", "serve, replay conversations, compare with stock vLLM"),
 }
 
-BENCHMARKS: dict[str, Command] = {}
+BENCHMARKS: dict[str, Command] = {
+    "paper": Command("avmp_vllm.bench.paper.command", "the paper's grid, reproduced and corrected"),
+    "scan": Command("avmp_vllm.bench.scan", "the compiled scan of Mamba-1 on CPU"),
+}
 
 
 def _add(subparsers: argparse._SubParsersAction, table: dict[str, Command], chosen: str) -> None:

@@ -1,21 +1,29 @@
-"""Mamba-1 layers on vLLM's CPU build, as an out-of-tree layer.
+"""Mamba layers on vLLM's CPU build, as out-of-tree layers.
 
-vLLM 0.32 cannot run them there: ``selective_scan_fwd`` has no CPU kernel, the CPU
-``selective_state_update`` does not take a state without a head dimension, and the layer hands a
+Mamba-1 does not run there in vLLM 0.32: ``selective_scan_fwd`` has no CPU kernel, the CPU
+``selective_state_update`` does not take a state without a head dimension, the layer hands a
 transposed tensor to a GEMM that wants a contiguous one, and in bf16 it reads convolution weights
-that were packed for other kernels on CPUs with AVX512-BF16. This layer keeps vLLM's projections,
-convolutions, metadata and state layout, and brings its own scan. Once the stock layer runs on CPU,
-this file can go.
+that were packed for other kernels on CPUs with AVX512-BF16. ``CpuMambaMixer`` keeps vLLM's
+projections, convolutions, metadata and state layout, and brings its own scan.
+
+Mamba-2 runs, but with prefix caching it offers to save a state in the middle of a prefill, which
+needs the states of all chunks; the CPU scan returns the last one only, and the first prompt longer
+than a block ends the engine. ``CpuMambaMixer2`` withdraws the offer.
+
+Once the stock layers run on CPU, this file can go.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.custom_op import PluggableLayer, op_registry_oot
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
 from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
     causal_conv1d_fn,
@@ -24,18 +32,21 @@ from vllm.model_executor.layers.mamba.ops.causal_conv1d import (
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.mamba1_attn import Mamba1AttentionMetadata
 from vllm.v1.attention.backends.utils import NULL_BLOCK_ID
+from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from avmp_vllm.engine.cpu_scan import selective_scan
 
 
 def register() -> None:
-    """Have vLLM build ``CpuMambaMixer`` for every Mamba-1 layer, if the platform is the CPU.
+    """Have vLLM build the layers of this file instead of its own, if the platform is the CPU.
 
-    Does nothing on other platforms, when called again, or if the layer was replaced already.
+    Does nothing on other platforms, when called again, or for a layer that was replaced already.
     """
-    name = MambaMixer.__name__
-    if current_platform.is_cpu() and name not in op_registry_oot:
-        PluggableLayer.register_oot(CpuMambaMixer, name=name)
+    if not current_platform.is_cpu():
+        return
+    for stock, layer in ((MambaMixer, CpuMambaMixer), (MambaMixer2, CpuMambaMixer2)):
+        if stock.__name__ not in op_registry_oot:
+            PluggableLayer.register_oot(layer, name=stock.__name__)
 
 
 class CpuMambaMixer(MambaMixer):
@@ -118,6 +129,20 @@ class CpuMambaMixer(MambaMixer):
                 ).transpose(-2, -1)
             )
         return torch.cat(parts)
+
+
+class CpuMambaMixer2(MambaMixer2):
+    """vLLM's ``MambaMixer2`` without checkpoints inside a prefill.
+
+    The scheduler then ends a prefill chunk where a checkpoint falls, as it does for Mamba-1.
+    """
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """Return vLLM's spec, with no block for a checkpoint inside a prefill."""
+        spec = super().get_kv_cache_spec(vllm_config)
+        if isinstance(spec, MambaSpec):
+            spec = replace(spec, num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None)
+        return spec
 
 
 def _as_one_batch(

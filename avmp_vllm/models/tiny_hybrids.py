@@ -30,11 +30,12 @@ _ATTENTION: dict[str, Any] = {
     "num_key_value_heads": 2,
     "intermediate_size": 256,
 }
+# One group: with more, transformers normalises over all channels and vLLM over each group.
 # 8 heads of 32 channels with 16 state elements: 16 KiB a layer in fp32, and the convolution.
 _MAMBA2: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 32,
-    "mamba_n_groups": 2,
+    "mamba_n_groups": 1,
     "mamba_d_state": 16,
     "mamba_chunk_size": 64,
 }
@@ -77,7 +78,7 @@ def write_tiny_nemotron_h(path: str | Path, *, seed: int = 0, **overrides: Any) 
 
 def write_tiny_falcon_h1(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
     """Falcon-H1: attention and Mamba-2 side by side in each of 4 layers."""
-    fields = {"num_hidden_layers": 4, "mamba_d_ssm": 256, "mamba_rms_norm": True}
+    fields = {"num_hidden_layers": 4, "mamba_d_ssm": 256}
     config = FalconH1Config(
         **{**_COMMON, **_ATTENTION, **_MAMBA2, **fields, **special_token_ids(), **overrides}
     )
