@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import MultipleOf
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
@@ -200,12 +199,6 @@ def arena_config(
             )
         layers[kind_of_spec(spec)][name] = spec
     shared = {kind: _only_spec(kind, layers[kind]) for kind in Kind}
-    if current_platform.is_cpu():
-        # Mamba-2 layers offer to export a checkpoint from inside a chunk, which needs states that
-        # the CPU kernel does not return. Without the offer the scheduler ends a chunk there.
-        shared[Kind.SSM] = replace(
-            shared[Kind.SSM], num_prefill_checkpoint_blocks=0, prefill_checkpoint_alignment=None
-        )
     page = shared[Kind.KV].page_size_bytes
     state = ceil_div(shared[Kind.SSM].page_size_bytes, STATE_ALIGNMENT) * STATE_ALIGNMENT
     geometry = Geometry.from_layers(
