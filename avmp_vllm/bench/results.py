@@ -31,7 +31,7 @@ from avmp_vllm.bench.inputs import InputError
 FORMAT = 1
 
 
-def _commit() -> str:
+def source_commit() -> str:
     """Commit of the source, with ``+changes`` if the working tree differs; else the version."""
     here = Path(__file__).resolve().parent
 
@@ -74,7 +74,7 @@ def environment(seed: int | None, libraries: tuple[str, ...] = ("numpy",)) -> di
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return {
-        "commit": _commit(),
+        "commit": source_commit(),
         "command": shlex.join(["avmp", *sys.argv[1:]]),
         "seed": seed,
         "versions": versions,

@@ -158,10 +158,10 @@ class NumberedPool(_Pool):
         total = self.total - count
         if total < 0:
             return False
-        kept = [number for number in self._stack if number < total]
-        if len(self._stack) - len(kept) != count:
+        if sum(map(total.__le__, self._stack)) != count:
             return False
-        self._stack, self.total = kept, total
+        self._stack = [number for number in self._stack if number < total]
+        self.total = total
         return True
 
     def grow(self, count: int) -> bool:

@@ -12,6 +12,7 @@ counts as completed if none of its own calls ever failed, even if its pages were
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from time import perf_counter_ns
 
@@ -84,17 +85,24 @@ class Outcome:
         return self.oom_kv + self.oom_ssm
 
 
-def events(trace: Trace) -> list[tuple[int, int, int]]:
-    """All events of a trace as (tick, kind of event, request), in order."""
+def events(
+    trace: Trace, page_tokens: int = PAGE_TOKENS, requests: Iterable[int] | None = None
+) -> list[tuple[int, int, int]]:
+    """All events of a trace as (tick, kind of event, request), in order.
+
+    Args:
+        trace: The requests.
+        page_tokens: A growth event stands wherever the tokens pass a multiple of this.
+        requests: Which of them; all by default.
+    """
     found: list[tuple[int, int, int]] = []
-    for request in range(len(trace)):
+    for request in range(len(trace)) if requests is None else requests:
         arrival, prompt = trace.arrivals[request], trace.prompts[request]
         end = prompt + trace.generated[request]
         found.append((arrival, ARRIVAL, request))
         found.append((arrival + end, DEPARTURE, request))
-        # Tokens prompt + s need a page more when they pass a multiple of the page.
-        boundary = pages_for(prompt) * PAGE_TOKENS + 1
-        found += [(arrival + t, GROWTH, request) for t in range(boundary, end + 1, PAGE_TOKENS)]
+        boundary = -(-prompt // page_tokens) * page_tokens + 1
+        found += [(arrival + t, GROWTH, request) for t in range(boundary, end + 1, page_tokens)]
     found.sort()
     return found
 
