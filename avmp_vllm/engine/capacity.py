@@ -170,7 +170,7 @@ def update_kv_cache_capacity(stock: Callable[..., None]) -> Callable[..., None]:
         usable = geometry.pages * geometry.page_bytes - geometry.null_blocks * geometry.block_bytes
         cache = vllm_config.cache_config
         cache.kv_cache_max_concurrency = usable / each
-        cache.kv_cache_size_tokens = geometry.page_limit * geometry.page_tokens
+        cache.kv_cache_size_tokens = int(usable / each * longest)
         for line in describe(vllm_config, kv_cache_config):
             logger.info("%s", line)
         return None

@@ -48,9 +48,12 @@ def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.create_engine_config``: put AVMP in charge where it is asked for."""
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
-        if selected(self.additional_config) is None:
+        config = selected(self.additional_config)
+        if config is None:
             return stock(self, *args, **kwargs)
         require_supported_vllm(vllm_version())
+        # Read once, here: other processes get the values, not a file's name or a variable.
+        self.additional_config = {**self.additional_config, "avmp": config.model_dump()}
         # Child processes install the engine seams when they load their plugins.
         os.environ[SELECTED] = "avmp"
         seams.install(seams.ENGINE)
