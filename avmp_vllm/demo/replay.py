@@ -66,7 +66,8 @@ async def replay(
     """
     answers: list[Answer] = []
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_SILENCE_S)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection a request: a kept one may be closed by the server just as it is used again.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     begin = time.perf_counter()
     async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
         for number, phase in enumerate(phases):

@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arena-mib",
         type=_positive,
-        default=4,
-        help="MiB of cache that each server gets (default 4)",
+        default=6,
+        help="MiB of cache that each server gets (default 6)",
     )
     parser.add_argument(
         "--max-model-len",
