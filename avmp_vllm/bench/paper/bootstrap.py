@@ -66,13 +66,16 @@ def intervals(
     Args:
         values: By field, ``oom_count`` and ``batch_p50``: the value of each cell.
         sharegpt: Which of the two generators.
+
+    Returns:
+        The rows whose cells all have a value.
     """
     rng = np.random.default_rng(SEED)
     found: dict[Comparison, Interval] = {}
     for row in SHAREGPT_ROWS if sharegpt else SYNTHETIC_ROWS:
         first, second = _pairs(row.variant, row.workload), _pairs(BASELINE, row.workload)
-        field = values.get(row.field)
-        if field is None:
+        field = values.get(row.field, {})
+        if not all(cell in field for cell in (*first, *second)):
             resample(rng, len(first))
             continue
         found[row] = mean_difference(

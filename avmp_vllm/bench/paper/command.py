@@ -174,7 +174,7 @@ def _parameters(args: argparse.Namespace, sharegpt: bool) -> dict[str, Any]:
         "parts": [args.part] if args.part else list(PARTS),
         "sweeps": sweeps,
         "lives": list(honest.LIVES),
-        "gib": [1, 4, 8],
+        "gib": list(honest.ARENAS),
         "sharegpt": sharegpt,
         "splits": [honest.COARSE, honest.FINE],
     }

@@ -8,7 +8,7 @@ from statistics import fmean, median, pstdev
 from typing import Any, NamedTuple
 
 from avmp_vllm.bench.paper import bootstrap, published
-from avmp_vllm.bench.paper.sweeps import SWEEPS, Cell
+from avmp_vllm.bench.paper.sweeps import Cell
 from avmp_vllm.bench.paper.workloads import seeds
 from avmp_vllm.bench.statistics import Interval
 
@@ -126,11 +126,7 @@ def replayed_intervals(counts: Counts) -> dict[bootstrap.Comparison, Interval]:
         "oom_count": {cell: outcome["oom"] for cell, outcome in counts.items()},
         "batch_p50": {cell: outcome["batch_p50"] for cell, outcome in counts.items()},
     }
-    found: dict[bootstrap.Comparison, Interval] = {}
-    for sharegpt, sweep in ((False, "throughput"), (True, "sharegpt")):
-        if all(cell.source in counts for cell in SWEEPS[sweep].cells()):
-            found |= bootstrap.intervals(values, sharegpt)
-    return found
+    return bootstrap.intervals(values, sharegpt=False) | bootstrap.intervals(values, sharegpt=True)
 
 
 def compare_all(folder: Path, counts: Counts) -> list[Verdict]:

@@ -59,6 +59,9 @@ VARIANTS = (
 )
 LIVES = ("served", "overload")
 
+#: Arenas of the corrected grid in GiB.
+ARENAS = (1, 4, 8)
+
 #: Phases of an outcome's time, in printing order.
 PHASES = ("service", "refused", "migration", "idle")
 

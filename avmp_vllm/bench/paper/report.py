@@ -296,21 +296,28 @@ def goals(life: str, cells: Corrected) -> Iterator[str]:
     yield from (f"  {_shortfall(cell, counts)}" for cell, counts in short[:LISTED])
     if len(short) > LISTED:
         yield f"  ... and {len(short) - LISTED} more, in the result file"
-    beaten: dict[str, list[int]] = defaultdict(list)
-    for counts in cells.values():
-        ours = counts["variants"][honest.OURS]["intact"]
-        for name, outcome in counts["variants"].items():
-            if name not in (honest.OURS, honest.LIMIT, "avmp_null_outside"):
-                beaten[name].append(outcome["intact"] - ours)
-    for name, more in beaten.items():
-        ahead = [number for number in more if number > 0]
-        if ahead:
-            yield (
-                f"  {name} completes more than avmp in {len(ahead)} cells "
-                f"(by {sum(ahead)} requests, {max(ahead)} at most) and fewer in "
-                f"{sum(number < 0 for number in more)} (by {-sum(n for n in more if n < 0)})"
-            )
-    if not any(number > 0 for more in beaten.values() for number in more):
+    never = True
+    for name in honest.VARIANTS:
+        if name in (honest.OURS, honest.LIMIT, "avmp_null_outside"):
+            continue
+        lead = {
+            cell: counts["variants"][name]["intact"] - counts["variants"][honest.OURS]["intact"]
+            for cell, counts in cells.items()
+        }
+        ahead = {cell: number for cell, number in lead.items() if number > 0}
+        if not ahead:
+            continue
+        never = False
+        behind = [-number for number in lead.values() if number < 0]
+        yield (
+            f"  {name} completes more than avmp in {len(ahead)} cells (by {sum(ahead.values())} "
+            f"requests, {max(ahead.values())} at most) and fewer in {len(behind)} (by "
+            f"{sum(behind)})"
+        )
+        if len(ahead) <= LISTED:
+            names = (f"{cell.key.partition('/')[2]} (+{more})" for cell, more in ahead.items())
+            yield f"    ahead in {', '.join(names)}"
+    if never:
         yield "  never below any other variant"
 
 
