@@ -402,24 +402,33 @@ def _merge_kernel(
 
 
 class Shape(NamedTuple):
-    """The tile of a launch: query rows, keys, and how deep loads are queued."""
+    """The tile of a launch.
+
+    Attributes:
+        rows: Query rows.
+        tile: Keys of one step of the loop.
+        warps: Warps of a program.
+        depth: Steps of the loop whose keys and values are on their way while one is worked on.
+    """
 
     rows: int
     tile: int
     warps: int
-    stages: int
+    depth: int
 
 
 def _decode_shape(group: int, dim: int, kv_bytes: int) -> Shape:
-    # 8 KiB of keys a tile: three stages of keys and values fit 99 KiB twice.
+    # 8 KiB of keys a tile: two programs fit the 99 KiB of an sm_86.
     tile = max(16, min(128, 8192 // (dim * kv_bytes)))
-    return Shape(max(16, triton.next_power_of_2(group)), tile, 4, 3)
+    return Shape(max(16, triton.next_power_of_2(group)), tile, 4, 2)
 
 
 def _prefill_shape(group: int, dim: int, query_bytes: int) -> Shape:
-    rows = max(64 if query_bytes < 4 else 32, triton.next_power_of_2(group))
-    tile = max(16, min(64, 16384 // (dim * query_bytes)))
-    return Shape(rows, tile, 8 if rows * dim > 64 * 128 else 4, 2)
+    # The largest that neither spills on sm_80 and sm_86 nor needs more than 99 KiB.
+    rows, tile = (128, 32) if dim <= 128 else (64, 32)
+    if query_bytes == 4:
+        rows, tile = rows // 2, 16
+    return Shape(max(rows, triton.next_power_of_2(group)), tile, 8, 1)
 
 
 @cache
@@ -539,7 +548,7 @@ def paged_attention(
             *inputs,
             **common,
             SKIP=decode_queries,
-            **_launch_options(prefill),
+            **_launch_options(prefill, pages is not None),
         )
     if segments is None:
         segments = decode_segments(num_requests, kv_heads, query.device)
@@ -560,7 +569,7 @@ def paged_attention(
         SEGMENTS=segments,
         LEAST=_SEGMENT_TILES,
         PADDING=not has_prefills,
-        **_launch_options(decode),
+        **_launch_options(decode, pages is not None),
     )
     if segments > 1 and num_requests:
         _merge_kernel[(decode.rows, kv_heads, num_requests)](
@@ -582,13 +591,17 @@ def paged_attention(
         )
 
 
-def _launch_options(shape: Shape) -> dict[str, int]:
+def _launch_options(shape: Shape, resolve: bool) -> dict[str, int]:
+    # Triton spreads the stages of a loop over its chain of dependent loads (block table, page
+    # table, keys). Fewer stages than this and keys would be waited for as soon as they are asked.
+    chain = 3 if resolve else 2
+    stages = chain * shape.depth + 1
     return {
         "ROWS": shape.rows,
         "TILE": shape.tile,
-        "STAGES": shape.stages,
+        "STAGES": stages,
         "num_warps": shape.warps,
-        "num_stages": shape.stages,
+        "num_stages": stages,
     }
 
 

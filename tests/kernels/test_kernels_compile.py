@@ -9,13 +9,14 @@ import pytest
 import torch
 from ahead_of_time import SHARED_LIMIT, Binary, compiling_for, empty
 
-from avmp_kernels import page_table, relocate
+from avmp_kernels import attention, kv_write, page_table, relocate, state_update
 from avmp_kernels.check import HandleCheck
 from avmp_kernels.pages import PageTable
 from avmp_kernels.resolve import Resolver
 
 CAPABILITIES = sorted(SHARED_LIMIT)
 _I32, _I64 = torch.int32, torch.int64
+_FP16, _BF16, _FP8 = torch.float16, torch.bfloat16, torch.float8_e4m3fn
 
 
 def _pages() -> PageTable:
@@ -60,3 +61,106 @@ def test_page_kernels(capability: int, monkeypatch) -> None:
     assert "LDG.E.128" in copy
     assert "STG.E.128" in copy
     assert "STG.E.128" in zero
+
+
+def _kv_views(head_size: int, kv_heads: int, page_tokens: int, dtype: torch.dtype):
+    """Return one of four layers' key and value caches, strided as inside of a page."""
+    pages = empty(4000, 4, kv_heads, page_tokens, 2 * head_size, dtype=dtype)
+    return pages[:, 1].transpose(1, 2).split(head_size, dim=-1)
+
+
+def _scales(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    one = empty(1, dtype=torch.float32)
+    return {"k_scale": one, "v_scale": one} if dtype == _FP8 else {}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    ("head_size", "query_type", "cache_type", "page_tokens", "softcap"),
+    [
+        (128, _BF16, _BF16, 16, 0.0),
+        (128, _FP16, _FP16, 64, 0.0),
+        (128, _BF16, _FP8, 16, 0.0),
+        (64, _BF16, _BF16, 16, 0.0),
+        (256, _BF16, _BF16, 16, 50.0),
+    ],
+)
+def test_attention(
+    capability, head_size, query_type, cache_type, page_tokens, softcap, monkeypatch
+) -> None:
+    """A mixed batch and split decodes: prefill, decode and merge kernels."""
+    heads, kv_heads, requests, rows = 32, 8, 64, 2048
+    keys, values = _kv_views(head_size, kv_heads, page_tokens, cache_type)
+    query = empty(rows, heads, head_size, dtype=query_type)
+    with compiling_for(capability, monkeypatch) as binaries:
+        attention.paged_attention(
+            query,
+            query,
+            keys,
+            values,
+            empty(requests, 1024, dtype=_I32),
+            empty(requests, dtype=_I32),
+            empty(requests + 1, dtype=_I32),
+            rows,
+            head_size**-0.5,
+            pages=_pages(),
+            softcap=softcap,
+            segments=8,
+            workspace=empty(1 << 30, dtype=torch.float32),
+            **_scales(cache_type),
+        )
+    _accept(binaries, "_prefill_kernel", "_decode_kernel", "_merge_kernel")
+    decode = next(binary for binary in binaries if binary.kernel == "_decode_kernel")
+    # Keys and values of later tiles are on their way while one is worked on, 16 bytes a thread.
+    assert "LDGSTS.E.BYPASS.128" in decode.sass()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_state_update(capability: int, monkeypatch) -> None:
+    """Mamba-1 with Jamba's shape, Mamba-2 with 64 x 128 heads; 16-bit and 32-bit states."""
+    batch = 256
+    handles = empty(batch, dtype=_I32)
+    with compiling_for(capability, monkeypatch) as binaries:
+        for state_type, dtype in ((_BF16, _BF16), (torch.float32, _BF16), (_FP16, _FP16)):
+            x = empty(batch, 8192, dtype=dtype)
+            states = empty(500, 2, 8192, 16, dtype=state_type)[:, 1]
+            narrow = empty(batch, 16, dtype=dtype)
+            wide = empty(8192, dtype=torch.float32)
+            A = empty(8192, 16, dtype=torch.float32)
+            state_update.selective_state_update(
+                x, states, handles, x, x, A, narrow, narrow, wide, x, wide, pages=_pages()
+            )
+        x = empty(batch, 64, 64, dtype=_BF16)
+        states = empty(500, 2, 64, 64, 128, dtype=_BF16)[:, 1]
+        per_head = empty(64, dtype=torch.float32)[:, None].expand(-1, 64)
+        state_update.selective_state_update(
+            x,
+            states,
+            handles,
+            x,
+            empty(batch, 64, dtype=_BF16)[..., None].expand(-1, -1, 64),
+            per_head[..., None].expand(-1, -1, 128),
+            empty(batch, 8, 128, dtype=_BF16),
+            empty(batch, 8, 128, dtype=_BF16),
+            per_head,
+            None,
+            per_head,
+            pages=_pages(),
+        )
+    _accept(binaries, "_state_update_kernel")
+    assert len(binaries) == 4
+    for binary in binaries:
+        assert "LDG.E.128" in binary.sass(), "states are read less than 16 bytes at a time"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("cache_type", [_FP16, _BF16, _FP8])
+def test_kv_write(capability: int, cache_type: torch.dtype, monkeypatch) -> None:
+    """Keys and values by slot, fp8 by hardware or in integers."""
+    keys, values = _kv_views(128, 8, 16, cache_type)
+    new = empty(512, 8, 128, dtype=_FP16 if cache_type == _FP16 else _BF16)
+    slots = empty(512, dtype=_I64)
+    with compiling_for(capability, monkeypatch) as binaries:
+        kv_write.kv_write(new, new, keys, values, slots, pages=_pages(), **_scales(cache_type))
+    _accept(binaries, "_kv_write_kernel")
+    assert "LDG.E.128" in binaries[0].sass()
