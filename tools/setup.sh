@@ -16,11 +16,12 @@ fingerprint() { # of all that decides what gets installed, and of where it is in
     cat pyproject.toml tools/setup.sh "$metadata/pyproject.toml" | cksum
 }
 want=$(fingerprint)
+say() { printf 'setup: %s\n' "$*"; }
 if [[ -f $stamp && $(<"$stamp") == "$want" && -x $venv/bin/python ]]; then
+    say "$venv is up to date"
     exit 0
 fi
 
-say() { printf 'setup: %s\n' "$*"; }
 fail() {
     printf 'setup: error: %s\n' "$1" >&2
     shift
@@ -74,7 +75,7 @@ find_python() {
 # ---------------------------------------------------------------- one step: a line, its time, a log
 
 explain() { # what the end of pip's output most often means
-    if grep -qE 'torch==[0-9.]+\+cpu' "$log" && grep -q 'No matching distribution' "$log"; then
+    if grep -qE '(depends on|found for|requirement) torch==[0-9.]+\+cpu' "$log"; then
         printf '       %s\n' \
             "Your package index has no CPU build of PyTorch (torch with '+cpu' in its version)." \
             "PyTorch keeps those on a wheel index of its own; its installation page names it for" \
@@ -84,7 +85,7 @@ explain() { # what the end of pip's output most often means
         printf '       %s\n' "The package index cannot be reached. Check the network, the proxy" \
             "(HTTPS_PROXY) and pip's settings ($venv/bin/pip config list), then run this again."
     elif grep -q 'No space left' "$log"; then
-        printf '       %s\n' "The disk is full; about $((megabytes / 1000)) GB are needed, TMPDIR included."
+        printf '       %s\n' "The disk is full; about $(((megabytes + 999) / 1000)) GB are needed, TMPDIR included."
     elif grep -q 'No matching distribution' "$log"; then
         printf '       %s\n' "The package index does not have the release asked for, or cannot be reached" \
             "(pip's settings: $venv/bin/pip config list)."
@@ -166,7 +167,8 @@ fi
 
 engine=$(missing "$extra")
 if [[ -n $engine ]]; then
-    pip_install "installing $engine (some minutes, $((megabytes / 1000)) GB of disk)" "$engine"
+    say "the next step takes some minutes and up to $(((megabytes + 999) / 1000)) GB of disk"
+    pip_install "installing $engine" "$engine"
 fi
 
 if [[ $extra == cpu ]]; then
