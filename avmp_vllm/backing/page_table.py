@@ -57,7 +57,12 @@ class PageTable:
 
     def digest(self, known: dict[Kind, int]) -> int:
         """Checksum over the first ``known`` handles of each pool, to compare two copies."""
-        value = 0
-        for kind in Kind:
-            value = zlib.crc32(self.entries[kind][: known[kind] + 1].tobytes(), value)
-        return value
+        return checksum(self.entries, known)
+
+
+def checksum(entries: dict[Kind, npt.NDArray[np.int32]], known: dict[Kind, int]) -> int:
+    """Checksum over the first ``known`` entries of each pool, the null page included."""
+    value = 0
+    for kind in Kind:
+        value = zlib.crc32(entries[kind][: known[kind] + 1].tobytes(), value)
+    return value

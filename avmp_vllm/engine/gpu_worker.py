@@ -1,7 +1,4 @@
-"""The CUDA worker, for Model Runner V1.
-
-Prepared along the same seam as the CPU worker's; it has not run on a GPU yet.
-"""
+"""The CUDA worker. It has not run on a GPU yet."""
 
 from __future__ import annotations
 
@@ -22,4 +19,9 @@ class AVMPGPUWorker(Worker):
     """vLLM's CUDA worker with AVMP's runner."""
 
     def _make_model_runner(self) -> GPUModelRunner:
+        if self.use_v2_model_runner:
+            # Imported here because it needs Triton.
+            from avmp_vllm.engine.v2_runner import AVMPModelRunnerV2
+
+            return AVMPModelRunnerV2(self.vllm_config, self.device)
         return AVMPGPUModelRunner(self.vllm_config, self.device)

@@ -109,12 +109,6 @@ REFUSALS = (
         _true,
         "its buffers are a second SSM state layout",
     ),
-    Refusal(
-        "VLLM_USE_V2_MODEL_RUNNER",
-        lambda c: c.use_v2_model_runner,
-        _true,
-        "AVMP drives Model Runner V1 so far; set VLLM_USE_V2_MODEL_RUNNER=0",
-    ),
 )
 
 

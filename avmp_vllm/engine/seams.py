@@ -119,6 +119,18 @@ ENGINE = (
     ),
 )
 
+#: Installed with the V2 runner alone: its modules may only be imported in a worker.
+RUNNER_V2 = (
+    Seam(
+        "vllm.v1.worker.gpu.cudagraph_utils",
+        "_init_minimal_kv_cache_for_profiling",
+        "avmp_vllm.engine.profiling:init_minimal_kv_cache_for_profiling",
+        ("runner",),
+        "CUDA graphs are profiled on a cache of two page sizes",
+        "cache groups and tensors planned by the block manager",
+    ),
+)
+
 
 def _owner(seam: Seam) -> tuple[Any, str]:
     owner: Any = importlib.import_module(seam.module)

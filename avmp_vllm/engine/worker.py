@@ -1,4 +1,4 @@
-"""The CPU worker, and what every Model Runner V1 does: apply move plans, resolve block tables."""
+"""The CPU worker, and Model Runner V1: apply move plans, resolve block tables on the host."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import TorchBuffer
-from avmp_vllm.core import InvariantViolation, Kind, MovePlan
 from avmp_vllm.engine.block_tables import PAGE_TABLE, HandleBuffer
 from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
-from avmp_vllm.engine.scheduler import PLAN
+from avmp_vllm.engine.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.profiling import initialize_least_cache
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -25,14 +25,18 @@ class MovePlanRunnerMixin(GPUModelRunner):
     """Model Runner V1 over an arena."""
 
     page_table: PageTable
-    arena_buffer: TorchBuffer
-    _plans_applied = 0
+    _any_cache: torch.Tensor | None
+    _plans: PlanApplier | None = None
 
     def initialize_kv_cache(
-        self, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        is_profiling: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Make the cache, then put handles into the block tables and a page table behind them."""
-        super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         assert kv_cache_config.geometry is not None
         self.page_table = PageTable(kv_cache_config.geometry)
         for group, table in zip(
@@ -42,39 +46,29 @@ class MovePlanRunnerMixin(GPUModelRunner):
         ):
             kind = kind_of_spec(group.kv_cache_spec)
             table.block_table = HandleBuffer(table.block_table, table, self.page_table, kind)
+        cache, self._any_cache = self._any_cache, None
+        # The cache that CUDA graphs are profiled on gets no plans, and must not be kept alive.
+        if not is_profiling:
+            assert cache is not None
+            buffer = TorchBuffer(bytes_behind(cache), kv_cache_config.geometry)
+            self._plans = PlanApplier(self.page_table, buffer)
 
     def initialize_kv_cache_tensors(
         self, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
-        """Make the tensors, and keep hold of the one buffer that all of them view."""
+        """Make the tensors, and note one of them: all are views of the arena's one buffer."""
         tensors = super().initialize_kv_cache_tensors(kv_cache_config, *args, **kwargs)
-        storage = next(iter(tensors.values())).untyped_storage()
-        raw = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        assert kv_cache_config.geometry is not None
-        self.arena_buffer = TorchBuffer(raw, kv_cache_config.geometry)
+        self._any_cache = next(iter(tensors.values()))
         return tensors
+
+    def _init_minimal_kv_cache_for_profiling(self) -> None:
+        initialize_least_cache(self)
 
     def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Apply the step's plan, even if the step has no tokens, then run it."""
-        plan = getattr(scheduler_output, PLAN, None)
-        if plan is not None:
-            self._apply(plan)
+        if self._plans is not None:
+            self._plans.apply_from(scheduler_output)
         return super().execute_model(scheduler_output, *args, **kwargs)
-
-    def _apply(self, plan: MovePlan) -> None:
-        self._plans_applied += 1
-        if plan.number != self._plans_applied:
-            raise InvariantViolation(
-                f"move plan {plan.number} arrived after {self._plans_applied - 1} plans"
-            )
-        self.page_table.apply(plan.relocations)
-        self.arena_buffer.apply(plan)
-        if plan.digest is not None:
-            known, expected = plan.digest
-            if self.page_table.digest(dict(zip(Kind, known, strict=True))) != expected:
-                raise InvariantViolation(
-                    f"the worker's page table differs from the scheduler's at plan {plan.number}"
-                )
 
     def _get_mamba_bufs(self) -> MambaBuffers:
         buffers = super()._get_mamba_bufs()
@@ -92,4 +86,9 @@ class AVMPCPUWorker(CPUWorker):
     def init_device(self) -> None:
         """Set the process up as vLLM does, then make AVMP's runner instead of vLLM's."""
         super().init_device()
-        self.model_runner = AVMPCPUModelRunner(self.vllm_config, torch.device("cpu"))
+        if self.use_v2_model_runner:
+            from avmp_vllm.engine.v2_runner import AVMPCPUModelRunnerV2
+
+            self.model_runner = AVMPCPUModelRunnerV2(self.vllm_config, self.device)
+        else:
+            self.model_runner = AVMPCPUModelRunner(self.vllm_config, torch.device("cpu"))

@@ -148,15 +148,12 @@ SET = {
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.option)
 def test_refused_options(vllm_config, monkeypatch, refusal):
     """Each option under which handles or bands would be wrong is refused, with the way out."""
-    if refusal.option == "VLLM_USE_V2_MODEL_RUNNER":
-        monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", True)
-    else:
-        ((path, value),) = SET[refusal.option].items()
-        *owners, name = path.split(".")
-        owner = vllm_config
-        for part in owners:
-            owner = getattr(owner, part)
-        monkeypatch.setitem(owner.__dict__, name, value)
+    ((path, value),) = SET[refusal.option].items()
+    *owners, name = path.split(".")
+    owner = vllm_config
+    for part in owners:
+        owner = getattr(owner, part)
+    monkeypatch.setitem(owner.__dict__, name, value)
     with pytest.raises(ConfigError, match=rf"{refusal.option} = .*--block-manager default"):
         refuse(vllm_config)
 

@@ -24,7 +24,7 @@ from enginelib import (
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import TorchBuffer
 from avmp_vllm.core import Kind
-from avmp_vllm.engine.worker import MovePlanRunnerMixin
+from avmp_vllm.engine.plans import PlanApplier
 
 #: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
 TIGHT = 2_400_000
@@ -166,7 +166,7 @@ def _without_copy_on_write(monkeypatch):
 
 
 def _plans_after_the_step(monkeypatch):
-    applied = MovePlanRunnerMixin._apply
+    applied = PlanApplier.apply
     held = []
 
     def late(self, plan):
@@ -174,7 +174,7 @@ def _plans_after_the_step(monkeypatch):
         if len(held) > 1:
             applied(self, held.pop(0))
 
-    monkeypatch.setattr(MovePlanRunnerMixin, "_apply", late)
+    monkeypatch.setattr(PlanApplier, "apply", late)
 
 
 @pytest.mark.parametrize(

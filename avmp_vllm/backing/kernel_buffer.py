@@ -1,0 +1,52 @@
+"""An arena's bytes on a device with Triton, and move plans applied to them by kernels.
+
+Every list of a plan is one upload and one launch (relocations and copies: one a dependency level),
+whatever its length. Launches follow one another on the current stream, so nothing waits.
+"""
+
+from __future__ import annotations
+
+import torch
+from avmp_kernels.relocate import KV, UNIT, relocate, upload, zero_pages
+
+from avmp_vllm.core import Geometry, Kind, MovePlan
+
+assert int(Kind.KV) == KV
+
+
+class KernelBuffer:
+    """The device buffer of an arena.
+
+    Args:
+        raw: Flat uint8 tensor over at least ``geometry.arena_bytes`` bytes.
+        geometry: Sizes of the pages in it.
+
+    Raises:
+        ValueError: A page size or the buffer does not allow 16-byte accesses, or the buffer is too
+            short.
+    """
+
+    def __init__(self, raw: torch.Tensor, geometry: Geometry) -> None:
+        for kind in Kind:
+            if geometry.unit(kind) % UNIT:
+                raise ValueError(
+                    f"a {kind.label} page of {geometry.unit(kind)} bytes is not a multiple of "
+                    f"{UNIT}, which the kernels copy at a time; choose other page_tokens"
+                )
+        if raw.numel() < geometry.arena_bytes:
+            raise ValueError(
+                f"the buffer has {raw.numel()} bytes, the arena {geometry.arena_bytes}"
+            )
+        if raw.data_ptr() % UNIT:
+            raise ValueError(f"the buffer does not start on a boundary of {UNIT} bytes")
+        self._bytes = raw
+        self._page_bytes = (geometry.unit(Kind.KV), geometry.unit(Kind.SSM))
+
+    def apply(self, plan: MovePlan) -> None:
+        """Carry a plan out: relocations in order, then zeroing, then copy-on-write."""
+        moves = [(move.kind, move.source, move.target) for move in plan.relocations]
+        relocate(self._bytes, moves, self._page_bytes)
+        if plan.zeros:
+            targets = upload(plan.zeros, self._bytes.device)
+            zero_pages(self._bytes, targets, len(plan.zeros), self._page_bytes)
+        relocate(self._bytes, plan.copies, self._page_bytes)
