@@ -144,7 +144,8 @@ def selective_scan(
         state: [slots, channels, N], read and written in place. Slots may lie any distance apart;
             within a slot the elements are contiguous.
         slots: [sequences] integer, the slot of each sequence, no two the same. Zero (the null
-            block) and below: padding. It gets zeros, and no state is read or written.
+            block) and below: padding, for which no state is read or written and the sum over the
+            state is zero.
         query_start_loc: [sequences + 1] integer, where each sequence begins in ``tokens``.
         has_initial_state: [sequences] bool; where false the scan starts from zero.
         D: [channels], the skip weight.
