@@ -15,6 +15,7 @@ one. While a run lasts, its finished cells stand in a journal, from which it can
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ FORMAT = 1
 
 
 def source_commit() -> str:
-    """Commit of the source, with ``+changes`` if the working tree differs; else the version."""
+    """Commit of the source, with ``+changes`` and their digest if the working tree differs."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -43,10 +44,12 @@ def source_commit() -> str:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(here.parent))
+        changes = git("diff", "HEAD", "--", str(here.parent))
     except (OSError, subprocess.SubprocessError):
         return "not a git checkout"
-    return commit + ("+changes" if changed else "")
+    if not changes:
+        return commit
+    return f"{commit}+changes.{hashlib.sha256(changes.encode()).hexdigest()[:8]}"
 
 
 def _processor() -> str:

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="result file (default: results/paper.json; with --check: none)",
+        help="result file (default: .bench/paper.json; with --check: none)",
     )
     parser.add_argument(
         "--check", type=Path, metavar="FILE", help="run a result file again and compare the counts"
@@ -238,7 +238,7 @@ def _run(args: argparse.Namespace) -> int:
     old = results.read(args.check, BENCHMARK) if args.check else None
     if old is None:
         parameters = _parameters(args, sharegpt is not None)
-        output = args.output or Path("results/paper.json")
+        output = args.output or Path(".bench/paper.json")
     else:
         parameters, output = old["parameters"], args.output
         if parameters["sharegpt"] and sharegpt is None:

@@ -24,7 +24,7 @@ from avmp_vllm.bench.tables import table
 GOAL = 0.99
 
 #: Most cells that are listed by name.
-LISTED = 12
+LISTED = 16
 
 
 # -- the reproduction ----------------------------------------------------------------------------
@@ -293,9 +293,8 @@ def goals(life: str, cells: Corrected) -> Iterator[str]:
         f"Goal, {life}: at least {GOAL:.0%} of the limit's intact completions in every cell: "
         f"{'reached' if not short else f'missed in {len(short)} of {len(cells)} cells'}"
     )
-    yield from (f"  {_shortfall(cell, counts)}" for cell, counts in short[:LISTED])
-    if len(short) > LISTED:
-        yield f"  ... and {len(short) - LISTED} more, in the result file"
+    if life == "served":
+        yield from (f"  {_shortfall(cell, counts)}" for cell, counts in short[:LISTED])
     never = True
     for name in honest.VARIANTS:
         if name in (honest.OURS, honest.LIMIT, "avmp_null_outside"):
