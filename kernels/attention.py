@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels import fp8
 from avmp_kernels.fp8 import decode_e4m3
 from avmp_kernels.kv_write import cache_bytes, scale_stride

@@ -11,7 +11,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels.pages import PageTable, resolve_ssm, table_args
 from avmp_kernels.ragged import find_request, num_blocks, row_range
 from avmp_kernels.state_update import silu
@@ -72,9 +71,7 @@ def _prefill_kernel(
         return
     index = first + tl.arange(0, TOKENS)
     inside = (index < count)[:, None] & in_dim[None, :]
-    out_at = (
-        out + (begin + index).to(tl.int64)[:, None] * out_row + (channel * out_dim)[None, :]
-    )
+    out_at = out + (begin + index).to(tl.int64)[:, None] * out_row + (channel * out_dim)[None, :]
     is_real = request < num_requests
     handle = tl.load(handles + request * handle_stride, mask=is_real, other=0)
     if RESOLVE:
@@ -116,15 +113,15 @@ def _prefill_kernel(
         # The program that reads the old state writes the new one, after all its threads have read.
         tl.debug_barrier()
         for tap in tl.static_range(WIDTH - 1):
-            source = count + (tap - (WIDTH - 1))
+            origin = count + (tap - (WIDTH - 1))
             fresh = tl.load(
-                x_at + source.to(tl.int64) * x_row,
-                mask=channel < tl.where(source >= 0, dim, 0),
+                x_at + origin.to(tl.int64) * x_row,
+                mask=channel < tl.where(origin >= 0, dim, 0),
                 other=0.0,
             )
             kept = tl.load(
-                state + (source + (WIDTH - 1)) * state_tap,
-                mask=channel < tl.where(source < 0, past_dim, 0),
+                state + (origin + (WIDTH - 1)) * state_tap,
+                mask=channel < tl.where(origin < 0, past_dim, 0),
                 other=0.0,
             )
             # One of the two is masked to zero.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels import fp8
 from avmp_kernels.fp8 import encode_e4m3
 from avmp_kernels.pages import PageTable, resolve_kv, table_args

@@ -16,7 +16,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels.pages import PageTable, resolve_ssm, table_args
 from avmp_kernels.ragged import row_range
 from avmp_kernels.state_update import silu, softplus
@@ -89,14 +88,14 @@ def _selective_scan_kernel(
         place = resolve_ssm(entries, handle, num_kv, num_ssm, is_real)
     else:
         place = handle
-    out_at = out + (channel * out_dim)[None, :]
+    out_at = out + (channel * out_dim)[:, None]
     if place <= 0:
         # Padding, or a request whose state is null.
-        zeros = tl.zeros([CHUNK, CHANNELS], dtype=out.dtype.element_ty)
+        zeros = tl.zeros([CHANNELS, CHUNK], dtype=out.dtype.element_ty)
         for start in tl.range(begin, end, CHUNK):
             row = start + step
-            inside = (row < end)[:, None] & in_dim[None, :]
-            tl.store(out_at + row.to(tl.int64)[:, None] * out_row, zeros, mask=inside)
+            inside = in_dim[:, None] & (row < end)[None, :]
+            tl.store(out_at + row.to(tl.int64)[None, :] * out_row, zeros, mask=inside)
         return
 
     cell = in_dim[:, None] & (n < N)[None, :]
@@ -116,7 +115,8 @@ def _selective_scan_kernel(
         bias = tl.load(dt_bias + channel, mask=in_dim, other=0.0).to(tl.float32)
 
     for start in tl.range(begin, end, CHUNK):
-        y = tl.zeros([CHUNK, CHANNELS], dtype=tl.float32)
+        # Channels first, as in the states, so that a step's outputs stay where they are computed.
+        y = tl.zeros([CHANNELS, CHUNK], dtype=tl.float32)
         for i in tl.static_range(CHUNK):
             # Steps after the last token have dt = 0: the state stays as it is.
             token = start + i
@@ -134,16 +134,16 @@ def _selective_scan_kernel(
             drive = (delta * value.to(tl.float32))[:, None] * into[None, :]
             h = tl.exp2(delta[:, None] * rate) * h + drive
             y_i = tl.sum(h * outof[None, :], axis=1)
-            y = tl.where((step == i)[:, None], y_i[None, :], y)
+            y = tl.where((step == i)[None, :], y_i[:, None], y)
         row = start + step
-        row64 = row.to(tl.int64)[:, None]
-        inside = (row < end)[:, None] & in_dim[None, :]
+        row64 = row.to(tl.int64)[None, :]
+        inside = in_dim[:, None] & (row < end)[None, :]
         if HAS_D:
-            value = tl.load(x + row64 * x_row + (channel * x_dim)[None, :], mask=inside, other=0.0)
+            value = tl.load(x + row64 * x_row + (channel * x_dim)[:, None], mask=inside, other=0.0)
             skip = tl.load(D + channel, mask=in_dim, other=0.0).to(tl.float32)
-            y += value.to(tl.float32) * skip[None, :]
+            y += value.to(tl.float32) * skip[:, None]
         if HAS_Z:
-            gate = tl.load(z + row64 * z_row + (channel * z_dim)[None, :], mask=inside, other=0.0)
+            gate = tl.load(z + row64 * z_row + (channel * z_dim)[:, None], mask=inside, other=0.0)
             y *= silu(gate.to(tl.float32))
         tl.store(out_at + row64 * out_row, y.to(out.dtype.element_ty), mask=inside)
     tl.store(state_at, h.to(states.dtype.element_ty), mask=cell)

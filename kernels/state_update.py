@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-
 from avmp_kernels.pages import PageTable, resolve_ssm, table_args
 
 _LOG2E = tl.constexpr(1.4426950408889634)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from avmp_kernels.pages import PageTable
 from avmp_kernels.reference.pages import resolve_handle, resolve_handles
 

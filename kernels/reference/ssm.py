@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from avmp_kernels.pages import PageTable
 from avmp_kernels.reference.pages import resolve_handle
 

@@ -16,12 +16,11 @@ from typing import NamedTuple
 
 import torch
 import triton
+from avmp_kernels import fp8
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
-
-from avmp_kernels import fp8
 
 # Shared memory one block may use (CUDA C++ Programming Guide, compute capabilities).
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}

@@ -8,8 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 from ahead_of_time import SHARED_LIMIT, Binary, compiling_for, empty
-
-from avmp_kernels import attention, kv_write, page_table, relocate, state_update
+from avmp_kernels import (
+    attention,
+    conv1d,
+    kv_write,
+    page_table,
+    relocate,
+    selective_scan,
+    state_update,
+)
 from avmp_kernels.check import HandleCheck
 from avmp_kernels.pages import PageTable
 from avmp_kernels.resolve import Resolver
@@ -164,3 +171,47 @@ def test_kv_write(capability: int, cache_type: torch.dtype, monkeypatch) -> None
         kv_write.kv_write(new, new, keys, values, slots, pages=_pages(), **_scales(cache_type))
     _accept(binaries, "_kv_write_kernel")
     assert "LDG.E.128" in binaries[0].sass()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", [_FP16, _BF16])
+def test_mamba_prefill(capability: int, dtype: torch.dtype, monkeypatch) -> None:
+    """Conv1d, its update and the scan with Jamba's shape, as the model's layers pass it."""
+    rows, dim, n, width, requests = 4096, 8192, 16, 4, 8
+    handles = empty(requests, dtype=_I32)
+    starts = empty(requests + 1, dtype=_I32)
+    has_initial = empty(requests, dtype=torch.bool)
+    x, z = empty(rows, 2 * dim, dtype=dtype).chunk(2, dim=1)
+    out, dt = empty(rows, dim, dtype=dtype), empty(rows, dim, dtype=dtype)
+    conv_states = empty(500, 2, width - 1, dim, dtype=dtype)[:, 1].transpose(1, 2)
+    states = empty(500, 2, dim, n, dtype=dtype)[:, 1]
+    weight, bias = empty(dim, width, dtype=dtype), empty(dim, dtype=dtype)
+    narrow, wide = empty(rows, n, dtype=dtype), empty(dim, dtype=torch.float32)
+    A = empty(dim, n, dtype=torch.float32)
+    with compiling_for(capability, monkeypatch) as binaries:
+        conv1d.causal_conv1d(
+            out, conv_states, handles, starts, has_initial, x, weight, bias, pages=_pages()
+        )
+        conv1d.causal_conv1d_update(
+            out[:requests], conv_states, handles, x[:requests], weight, bias, pages=_pages()
+        )
+        selective_scan.selective_scan(
+            out, states, handles, starts, has_initial, x, dt, A, narrow, narrow, wide, z, wide,
+            pages=_pages(),
+        )  # fmt: skip
+    _accept(binaries, "_prefill_kernel", "_update_kernel", "_selective_scan_kernel")
+
+
+def test_spills_are_seen(monkeypatch) -> None:
+    """With few registers a kernel spills, and the figures show it: the checks above can fail."""
+    prefill = attention._prefill_shape
+    monkeypatch.setattr(attention, "_prefill_shape", lambda *at: prefill(*at)._replace(warps=4))
+    keys, values = _kv_views(128, 8, 16, _BF16)
+    query = empty(2048, 32, 128, dtype=_BF16)
+    rows = empty(65, dtype=_I32)
+    with compiling_for(80, monkeypatch) as binaries:
+        attention.paged_attention(
+            query, query, keys, values, empty(64, 64, dtype=_I32), rows[:64], rows, 2048, 0.1,
+            pages=_pages(), segments=1,
+        )  # fmt: skip
+    assert binaries[0].stack > 0

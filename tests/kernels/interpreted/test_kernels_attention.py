@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from avmp_kernels import attention, fp8, page_table, relocate
+from avmp_kernels.pages import PageTable
+from avmp_kernels.reference import kv as reference
 from batches import block_table, generator, random_table, starts_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kernels_kv_write import kv_views
-
-from avmp_kernels import attention, fp8, page_table, relocate
-from avmp_kernels.pages import PageTable
-from avmp_kernels.reference import kv as reference
 
 _TOLERANCE = {
     torch.float32: {"rtol": 1e-4, "atol": 1e-5},

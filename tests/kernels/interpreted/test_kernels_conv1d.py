@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from avmp_kernels import conv1d
+from avmp_kernels.pages import SSM_TAG
+from avmp_kernels.reference import ssm as reference
 from batches import distinct_handles, generator, random_table, starts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels_state_update import ssm_view
-
-from avmp_kernels import conv1d
-from avmp_kernels.pages import SSM_TAG
-from avmp_kernels.reference import ssm as reference
 
 _NUM_KV, _NUM_SSM = 4, 12
 

@@ -6,12 +6,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from avmp_kernels import fp8, kv_write
+from avmp_kernels.reference import kv as reference
 from batches import distinct_handles, generator, random_table
 from hypothesis import given
 from hypothesis import strategies as st
-
-from avmp_kernels import fp8, kv_write
-from avmp_kernels.reference import kv as reference
 
 _NUM_KV = 12
 

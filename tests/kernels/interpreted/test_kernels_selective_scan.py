@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from avmp_kernels import page_table, relocate, selective_scan, state_update
+from avmp_kernels.pages import SSM_TAG
+from avmp_kernels.reference import ssm as reference
 from batches import distinct_handles, generator, random_table, starts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels_state_update import ssm_view
-
-from avmp_kernels import page_table, relocate, selective_scan, state_update
-from avmp_kernels.pages import SSM_TAG
-from avmp_kernels.reference import ssm as reference
 
 _NUM_KV, _NUM_SSM = 4, 12
 
@@ -45,9 +44,7 @@ def _inputs(rows: int, dim: int, n: int, dtype: torch.dtype, seed: int) -> dict[
     null=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_equals_reference(
-    lengths, padding, dim, n, dtype, without, translate, null, seed
-) -> None:
+def test_equals_reference(lengths, padding, dim, n, dtype, without, translate, null, seed) -> None:
     """Outputs, padding rows included, and all states."""
     rows = sum(lengths) + padding
     inputs = _inputs(rows, dim, n, dtype, seed) | dict.fromkeys(without)
@@ -91,8 +88,7 @@ def test_prefill_relocation_decode() -> None:
 
     def piece(begin, end):
         return {
-            name: t if name in ("A", "D", "dt_bias") else t[begin:end]
-            for name, t in inputs.items()
+            name: t if name in ("A", "D", "dt_bias") else t[begin:end] for name, t in inputs.items()
         }
 
     pages = random_table(_NUM_KV, _NUM_SSM, 9)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from batches import distinct_handles, generator, random_table
-from hypothesis import given
-from hypothesis import strategies as st
-
 from avmp_kernels import state_update
 from avmp_kernels.pages import SSM_TAG
 from avmp_kernels.reference import ssm as reference
+from batches import distinct_handles, generator, random_table
+from hypothesis import given
+from hypothesis import strategies as st
 
 _NUM_KV, _NUM_SSM = 5, 80
 
@@ -112,9 +111,7 @@ def test_wrong_page_table_changes_the_result() -> None:
             pages.entries[at] = pages.entries[at.flip(0)]
         states = ssm_view(_NUM_SSM, 1, 8, 16, dtype=torch.float32, seed=5)
         outputs.append(torch.empty(2, 1, 8))
-        state_update.selective_state_update(
-            outputs[-1], states, handles, **inputs, pages=pages
-        )
+        state_update.selective_state_update(outputs[-1], states, handles, **inputs, pages=pages)
     assert not torch.allclose(*outputs)
 
 
