@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from avmp_vllm.core.band import Band
 from avmp_vllm.core.geometry import Geometry, ceil_div
-from avmp_vllm.core.handles import ID_MASK, Kind, kind_of
+from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
 from avmp_vllm.core.plan import Relocation
 from avmp_vllm.core.statistics import Statistics
 
@@ -174,9 +174,11 @@ class Arena:
         Args:
             handles: Of one or both pools, the one to be evicted first in front.
         """
+        clock, (kv, ssm) = self._clock, self._cached
         for handle in handles:
-            self._clock += 1
-            self._cached[kind_of(handle)][handle] = self._clock
+            clock += 1
+            (ssm if handle & SSM_TAG else kv)[handle] = clock
+        self._clock = clock
 
     def revive(self, handle: int) -> None:
         """Reference a cached page again."""
@@ -215,8 +217,7 @@ class Arena:
                 f"{self.used(Kind.KV)} pages and {self.used(Kind.SSM)} blocks are in use, room for "
                 f"{self.available(Kind.KV)} more pages or {self.available(Kind.SSM)} more blocks"
             )
-        while not self._reachable(pages, blocks):
-            self._evict_one()
+        self._evict_for(pages, blocks)
         wanted = (pages, blocks)
         for kind in Kind:
             self._grow_from_gap(kind, wanted[kind] - self._bands[kind].free)
@@ -224,14 +225,6 @@ class Arena:
             missing = wanted[kind] - self._bands[kind].free
             if missing > 0:
                 self._migrate(kind, missing, reserve=wanted[kind.other])
-
-    def _reachable(self, pages: int, blocks: int) -> bool:
-        """Whether growth and migration alone, without eviction, can serve the request."""
-        kv, ssm = self._bands
-        return self.geometry.fits(
-            kv.capacity - kv.free + pages,
-            ssm.capacity - ssm.free + blocks,
-        )
 
     def _grow_from_gap(self, kind: Kind, missing: int) -> None:
         """Grow a band into the gap by what is missing, or by as much as the gap has.
@@ -270,18 +263,31 @@ class Arena:
         statistics.relocations[donor.kind] += len(relocations)
         statistics.relocated_bytes[donor.kind] += len(relocations) * donor.unit
 
-    def _evict_one(self) -> None:
-        """Free the cached page of either pool that has been unreferenced longest."""
-        kv, ssm = self._cached
-        if kv and (not ssm or next(iter(kv.values())) < next(iter(ssm.values()))):
-            kind = Kind.KV
-        else:
-            kind = Kind.SSM
-        handle, _ = self._cached[kind].popitem(last=False)
-        self.statistics.evictions[kind] += 1
-        if self._on_evict is not None:
-            self._on_evict(handle)
-        self._bands[kind].give((handle,))
+    def _evict_for(self, pages: int, blocks: int) -> None:
+        """Give cached pages up, of either pool and the one unreferenced longest first, until
+        growth and migration alone can serve a request that fits.
+        """
+        fits, cached = self.geometry.fits, self._cached
+        evicted: tuple[list[int], list[int]] = ([], [])
+        wanted = [
+            band.capacity - band.free + count
+            for band, count in zip(self._bands, (pages, blocks), strict=True)
+        ]
+        kv, ssm = cached
+        while not fits(*wanted):
+            if kv and (not ssm or next(iter(kv.values())) < next(iter(ssm.values()))):
+                kind = Kind.KV
+            else:
+                kind = Kind.SSM
+            handle, _ = cached[kind].popitem(last=False)
+            wanted[kind] -= 1
+            evicted[kind].append(handle)
+            if self._on_evict is not None:
+                self._on_evict(handle)
+        for kind in Kind:
+            if evicted[kind]:
+                self.statistics.evictions[kind] += len(evicted[kind])
+                self._bands[kind].give(evicted[kind])
 
     def _note_peak(self, kind: Kind) -> None:
         band, peaks = self._bands[kind], self.statistics.peak_used

@@ -18,7 +18,7 @@ slice for a whole run of pages.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
 from avmp_vllm.core.geometry import Geometry
@@ -139,13 +139,16 @@ class Band:
     def give(self, handles: Sequence[int]) -> None:
         """Take back handles that nobody uses any more."""
         position_of, chunks, shift = self._position_of, self._chunks, self._shift
-        queued = self._queued
+        queued, current = self._queued, -1
+        push: Callable[[int], None]
         for handle in handles:
             number = (position_of[handle & ID_MASK] - 1) >> shift
-            chunks[number].append(handle)
-            if not queued[number]:
-                queued[number] = 1
-                heappush(self._nonempty, number)
+            if number != current:  # a request's pages mostly are neighbours
+                current, push = number, chunks[number].append
+                if not queued[number]:
+                    queued[number] = 1
+                    heappush(self._nonempty, number)
+            push(handle)
         self.free += len(handles)
 
     # -- growth and shrinking ------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from avmp_vllm.core.handles import Kind
 
@@ -96,12 +97,12 @@ class Geometry:
         block = ceil_div(block, BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
         return cls(arena_bytes, page, block, page_tokens)
 
-    @property
+    @cached_property
     def null_bytes(self) -> int:
         """Bytes at the low end that both null pages cover."""
         return max(self.page_bytes, self.block_bytes)
 
-    @property
+    @cached_property
     def pages(self) -> int:
         """Length K of the KV view, null pages included."""
         return self.arena_bytes // self.page_bytes
@@ -111,19 +112,19 @@ class Geometry:
         """Length S of the SSM view, null blocks included."""
         return self.arena_bytes // self.block_bytes
 
-    @property
+    @cached_property
     def null_blocks(self) -> int:
         """``s0``: SSM indices that overlap the null bytes."""
         return ceil_div(self.null_bytes, self.block_bytes)
 
-    @property
+    @cached_property
     def page_limit(self) -> int:
         """KV pages that exist if no SSM block does."""
         return (self.pages * self.page_bytes - self.null_blocks * self.block_bytes) // (
             self.page_bytes
         )
 
-    @property
+    @cached_property
     def block_limit(self) -> int:
         """SSM blocks that exist if no KV page does."""
         return self.pages * self.page_bytes // self.block_bytes - self.null_blocks

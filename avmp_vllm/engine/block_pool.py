@@ -9,6 +9,7 @@ a large arena costs nothing until it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -19,8 +20,11 @@ from avmp_vllm.core import ID_MASK, Arena, Kind
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
+    from vllm.v1.request import Request
 
 logger = init_logger("vllm." + __name__)
+
+_REF_CNT = attrgetter("ref_cnt")
 
 
 class AVMPBlockPool(BlockPool):
@@ -66,9 +70,11 @@ class AVMPBlockPool(BlockPool):
         objects = self.blocks
         if self.arena.known(self.kind) >= len(objects):
             self._make_blocks()
-        new = [objects[handle & ID_MASK] for handle in handles]
+        if tag := self.kind.tag:
+            handles = [handle - tag for handle in handles]
+        new = list(map(objects.__getitem__, handles))
+        assert not any(map(_REF_CNT, new))
         for block in new:
-            assert block.ref_cnt == 0
             block.ref_cnt = 1
         if self.metrics_collector:
             for block in new:
@@ -81,6 +87,44 @@ class AVMPBlockPool(BlockPool):
         self.blocks.extend(
             KVCacheBlock(number | tag, pool=self)
             for number in range(len(self.blocks), self.arena.known(self.kind) + 1)
+        )
+
+    def cache_full_blocks(
+        self,
+        request: Request,
+        blocks: list[KVCacheBlock],
+        num_cached_blocks: int,
+        num_full_blocks: int,
+        block_size: int,
+        kv_cache_group_id: int,
+        block_mask: list[bool] | None = None,
+    ) -> None:
+        """Publish full blocks under their hashes, as in ``BlockPool``.
+
+        A prompt has many small pages here, and nearly all of them are new to the cache: those are
+        entered in one tight loop, the rest by the parent's general one.
+        """
+        first = num_cached_blocks
+        if (
+            block_size == self.hash_block_size
+            and block_mask is None
+            and not self.enable_kv_cache_events
+        ):
+            entries = self.cached_block_hash_to_block._cache
+            group = kv_cache_group_id.to_bytes(4, "big", signed=False)
+            tokens = first * block_size
+            hashes = request.block_hashes
+            for number in range(first, num_full_blocks):
+                block, key = blocks[number], hashes[number] + group
+                if block._block_hash is not None or block.is_null or key in entries:
+                    break
+                first = number + 1
+                tokens += block_size
+                entries[key] = block
+                block._block_hash = key
+                block._block_hash_num_tokens = tokens
+        super().cache_full_blocks(
+            request, blocks, first, num_full_blocks, block_size, kv_cache_group_id, block_mask
         )
 
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
@@ -105,9 +149,10 @@ class AVMPBlockPool(BlockPool):
                 if block.pool is not None:
                     others.setdefault(block.pool, []).append(block)
                 continue
-            block.ref_cnt -= 1
-            if block.ref_cnt == 0 and not block.is_null:
-                (free if block.block_hash is None else cached).append(block.block_id)
+            block.ref_cnt = count = block.ref_cnt - 1
+            if not count and not block.is_null:
+                # The slot, not the property: this is the innermost loop of a request's end.
+                (free if block._block_hash is None else cached).append(block.block_id)
         self.arena.release(free)
         self.arena.cache(cached)
         for pool, blocks in others.items():
