@@ -28,7 +28,11 @@ COMMANDS: dict[str, Command] = {
 
 BENCHMARKS: dict[str, Command] = {
     "paper": Command("avmp_vllm.bench.paper.command", "the paper's grid, reproduced and corrected"),
+    "allocator": Command(
+        "avmp_vllm.bench.allocator", "pages, requests, migration and size against vLLM's own pools"
+    ),
     "scan": Command("avmp_vllm.bench.scan", "the compiled scan of Mamba-1 on CPU"),
+    "kernels": Command("avmp_vllm.bench.kernels", "the Triton kernels on a GPU: right, then fast"),
 }
 
 
