@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from time import perf_counter_ns
 from typing import Protocol
+
+import numpy as np
 
 from avmp_vllm.bench.paper.models import Model
 from avmp_vllm.core import Kind
@@ -120,55 +122,73 @@ class NumberedPool(_Pool):
 
     The free list is a stack. A failed call hands its partial pages back in the order in which it
     got them, which turns the whole stack upside down; later ids depend on it.
+
+    Args:
+        total: Pages now.
+        limit: Pages that its slab holds.
     """
 
     def __init__(self, total: int, limit: int) -> None:
         self.total, self._limit = total, limit
-        self._stack = list(range(total - 1, -1, -1))
-        self._held: OrderedDict[int, list[int]] = OrderedDict()
+        self._stack = np.empty(limit, dtype=np.int32)
+        self._stack[:total] = np.arange(total - 1, -1, -1)
+        self._free = total
+        self._held: OrderedDict[int, list[np.ndarray]] = OrderedDict()
 
     def take(self, request: int, count: int) -> bool:
-        stack = self._stack
-        if len(stack) < count:
-            stack.reverse()
+        free, stack = self._free, self._stack
+        if free < count:
+            stack[:free] = stack[:free][::-1].copy()
             return False
-        ids = stack[: -count - 1 : -1]
-        del stack[-count:]
+        self._free = free = free - count
+        # In the order in which they are popped.
+        ids = stack[free : free + count][::-1].copy()
         held = self._held
         mine = held.pop(request, None)
         if mine is None:
-            held[request] = ids
+            held[request] = [ids]
         else:
-            mine += ids
+            mine.append(ids)
             held[request] = mine
         return True
+
+    def _give(self, runs: Iterable[np.ndarray]) -> None:
+        stack, free = self._stack, self._free
+        for ids in runs:
+            stack[free : free + len(ids)] = ids
+            free += len(ids)
+        self._free = free
 
     def evict(self) -> int | None:
         if not self._held:
             return None
-        request, ids = self._held.popitem(last=False)
-        self._stack += ids
+        request, runs = self._held.popitem(last=False)
+        self._give(runs)
         return request
 
     def free(self, request: int) -> None:
-        self._stack += self._held.pop(request, ())
+        self._give(self._held.pop(request, ()))
 
     def cut(self, count: int) -> bool:
         """Give up the last ids if all of them are free."""
         total = self.total - count
         if total < 0:
             return False
-        if sum(map(total.__le__, self._stack)) != count:
+        stack = self._stack[: self._free]
+        stays = stack < total
+        kept = int(np.count_nonzero(stays))
+        if self._free - kept != count:
             return False
-        self._stack = [number for number in self._stack if number < total]
-        self.total = total
+        self._stack[:kept] = stack[stays]
+        self._free, self.total = kept, total
         return True
 
     def grow(self, count: int) -> bool:
         """Append ids, unless the slab ends before."""
         if self.total + count > self._limit:
             return False
-        self._stack += range(self.total, self.total + count)
+        self._stack[self._free : self._free + count] = np.arange(self.total, self.total + count)
+        self._free += count
         self.total += count
         return True
 
