@@ -134,6 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     begin = time.monotonic()
+    load = os.getloadavg()[0]
     conversations = read_conversations(args.sharegpt)
     with console.status("building a tiny Jamba"):
         model = _tiny_jamba(args.output / "tiny-jamba")
@@ -146,6 +147,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     with console.status("choosing the requests"):
         phases = make_phases(conversations, _token_counter(model), shape)
     _describe(console, args, model, phases)
+    if load > 0.5 * (os.cpu_count() or 1):
+        console.print(
+            f"This machine is busy (load {load:.1f}): the times below say little, parity all the "
+            "same.",
+            style="yellow",
+            highlight=False,
+        )
 
     outcomes = {}
     for side in SIDES:
@@ -164,6 +172,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         "max_model_len": args.max_model_len,
         "phases": {phase.name: len(list(phase.requests)) for phase in phases},
         "vllm_options": _options(args),
+        "load_average_before": load,
         "seconds": time.monotonic() - begin,
     }
     report = reports.build_report(outcomes[reports.AVMP], outcomes[reports.STOCK], setting)
