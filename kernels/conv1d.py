@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from avmp_kernels.pages import PageTable, resolve_ssm, table_args
 from avmp_kernels.ragged import find_request, num_blocks, row_range
-from avmp_kernels.state_update import silu
+from avmp_kernels.state_update import check_supported, silu
 
 _TOKENS = 16  # tokens a prefill program works on: the width - 1 before them are read twice
 
@@ -188,7 +188,8 @@ def _update_kernel(
 
 
 def _checked(x: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
-    """Return the number of channels and the width after checking the shapes."""
+    """Return the number of channels and the width after checking the shapes and the type."""
+    check_supported(states.dtype)
     dim, width = weight.shape
     if width < 2 or x.shape[1] != dim or states.shape[1:] != (dim, width - 1):
         raise ValueError(
@@ -229,7 +230,7 @@ def causal_conv1d(
         pages: The page table.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or the states are of a type that is not taken.
     """
     dim, width = _checked(x, states, weight)
     num_rows, num_requests = x.shape[0], query_start_loc.shape[0] - 1
@@ -283,7 +284,7 @@ def causal_conv1d_update(
     ``[requests, channels]`` and may be the same tensor. Null states get zeros.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or the states are of a type that is not taken.
     """
     dim, width = _checked(x, states, weight)
     batch = x.shape[0]

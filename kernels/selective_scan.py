@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from avmp_kernels.pages import PageTable, resolve_ssm, table_args
 from avmp_kernels.ragged import row_range
-from avmp_kernels.state_update import silu, softplus
+from avmp_kernels.state_update import check_supported, silu, softplus
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _CHUNK = 8
@@ -146,6 +146,8 @@ def _selective_scan_kernel(
             gate = tl.load(z + row64 * z_row + (channel * z_dim)[:, None], mask=inside, other=0.0)
             y *= silu(gate.to(tl.float32))
         tl.store(out_at + row64 * out_row, y.to(out.dtype.element_ty), mask=inside)
+    # Small tiles are held by several threads each: all must have read before one writes.
+    tl.debug_barrier()
     tl.store(state_at, h.to(states.dtype.element_ty), mask=cell)
 
 
@@ -190,8 +192,9 @@ def selective_scan(
         pages: The page table.
 
     Raises:
-        ValueError: If the shapes do not fit.
+        ValueError: If the shapes do not fit, or the states are of a type that is not taken.
     """
+    check_supported(states.dtype)
     _, dim, n = states.shape
     num_rows, num_requests = x.shape[0], query_start_loc.shape[0] - 1
     if x.shape[1] != dim or A.shape != (dim, n) or B.shape != (num_rows, n):

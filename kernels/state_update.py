@@ -152,6 +152,8 @@ def _state_update_kernel(
     into = tl.load(b_at, mask=wide, other=0.0).to(tl.float32)
     outof = tl.load(c_at, mask=wide, other=0.0).to(tl.float32)
     state = state * decay + drive[:, :, None] * into[:, None, :]
+    # Small tiles are held by several threads each: all must have read before one writes.
+    tl.debug_barrier()
     tl.store(pointers, state.to(states.dtype.element_ty), mask=live)
 
     y = tl.sum(state * outof[:, None, :], axis=2)
@@ -165,6 +167,15 @@ def _state_update_kernel(
     y = tl.where(pair, y, 0.0)
     out_at = out + (row64 * out_row + head * out_head)[:, None] + (channel * out_dim)[None, :]
     tl.store(out_at, y.to(out.dtype.element_ty), mask=in_batch[:, None] & in_dim[None, :])
+
+
+def check_supported(state_dtype: torch.dtype) -> None:
+    """Raise ValueError for a type of state that the SSM kernels do not take."""
+    if state_dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(
+            f"SSM states of type {state_dtype} are not taken by AVMP's kernels; they take float16, "
+            "bfloat16 and float32: set kernels to 'resolved' to use vLLM's"
+        )
 
 
 def _with_heads(tensor: torch.Tensor | None, dims: int, at: int) -> torch.Tensor | None:
@@ -210,8 +221,10 @@ def selective_state_update(
         pages: The page table.
 
     Raises:
-        ValueError: If the heads do not divide into the groups, or shapes do not fit.
+        ValueError: If the heads do not divide into the groups, shapes do not fit, or the states
+            are of a type that the kernel does not take.
     """
+    check_supported(states.dtype)
     states = _with_heads(states, 4, 1)
     out, x, dt, z = (_with_heads(t, 3, 1) for t in (out, x, dt, z))
     A = _with_heads(A, 3, 0)

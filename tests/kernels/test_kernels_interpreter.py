@@ -22,7 +22,7 @@ def cases(tmp_path_factory) -> list[ElementTree.Element]:
     """Run the folder once; return its test cases."""
     report = tmp_path_factory.mktemp("interpreted") / "report.xml"
     environment = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += [str(_FOLDER), f"--junit-xml={report}"]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     print(ended.stdout[-20000:], ended.stderr[-5000:])

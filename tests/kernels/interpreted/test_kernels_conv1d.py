@@ -31,7 +31,7 @@ def _states(dim: int, width: int, channels_last: bool, dtype: torch.dtype, seed:
     transposed=st.booleans(),
     bias=st.booleans(),
     activation=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     translate=st.booleans(),
     null=st.booleans(),
     seed=st.integers(0, 1000),
@@ -76,7 +76,7 @@ def test_prefill_equals_reference(
     channels_last=st.booleans(),
     bias=st.booleans(),
     in_place=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     translate=st.booleans(),
     seed=st.integers(0, 1000),
 )

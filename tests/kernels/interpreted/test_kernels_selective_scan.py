@@ -38,7 +38,7 @@ def _inputs(rows: int, dim: int, n: int, dtype: torch.dtype, seed: int) -> dict[
     padding=st.sampled_from([0, 2, 9]),
     dim=st.sampled_from([1, 16, 40]),
     n=st.sampled_from([4, 16, 24]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     without=st.sets(st.sampled_from(["D", "z", "dt_bias"])),
     translate=st.booleans(),
     null=st.booleans(),

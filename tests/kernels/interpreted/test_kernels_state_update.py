@@ -49,7 +49,7 @@ def _inputs(batch, heads, groups, dim, n, dtype, seed, shared_dt) -> dict[str, t
     heads_groups=st.sampled_from([(1, 1), (4, 2), (3, 3)]),
     dim=st.sampled_from([1, 8, 20]),
     n=st.sampled_from([4, 16, 24]),
-    dtype=st.sampled_from([torch.float32, torch.float16]),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     shared_dt=st.booleans(),
     without=st.sets(st.sampled_from(["D", "z", "dt_bias"])),
     translate=st.booleans(),
@@ -116,7 +116,7 @@ def test_wrong_page_table_changes_the_result() -> None:
 
 
 def test_shapes_that_do_not_fit() -> None:
-    """Refused with the shapes."""
+    """Refused with the shapes; a type that is not taken names the setting that works."""
     inputs = _inputs(2, 4, 3, 8, 16, torch.float32, 5, False)
     states = ssm_view(4, 4, 8, 16, dtype=torch.float32, seed=5)
     handles = torch.zeros(2, dtype=torch.int32)
@@ -125,3 +125,5 @@ def test_shapes_that_do_not_fit() -> None:
         state_update.selective_state_update(out, states, handles, **inputs)
     with pytest.raises(ValueError, match="do not fit"):
         state_update.selective_state_update(out, states[:, :, :7], handles, **inputs)
+    with pytest.raises(ValueError, match="'resolved'"):
+        state_update.selective_state_update(out, states.to(torch.int8), handles, **inputs)
