@@ -13,6 +13,9 @@ from typing import Any
 
 from avmp_vllm.engine.config import BLOCK_MANAGERS
 
+#: Attribute of engine arguments that came from a command line; their errors need no traceback.
+FROM_COMMAND_LINE = "avmp_from_command_line"
+
 HELP = (
     "Who manages the cache of a hybrid attention/SSM model: vLLM itself (default), or AVMP, which "
     "gives each kind of layer pages of its own size and moves capacity between them. Its options "
@@ -40,6 +43,8 @@ def from_cli_args(stock: Callable[..., Any]) -> Callable[..., Any]:
         additional = getattr(args, "additional_config", None) or {}
         if manager is not None and manager != additional.get("block_manager", "default"):
             args.additional_config = {**additional, "block_manager": manager}
-        return stock(cls, args)
+        engine_args = stock(cls, args)
+        setattr(engine_args, FROM_COMMAND_LINE, True)
+        return engine_args
 
     return wrapper

@@ -59,6 +59,14 @@ def test_unknown_block_manager_on_the_command_line(capsys):
     assert "default" in error
 
 
+def test_wrong_options_on_a_command_line_end_without_a_traceback(tiny_jamba):
+    """What a user of ``vllm serve`` sees is the message alone."""
+    words = ("--model", tiny_jamba, "--block-manager", "avmp")
+    arguments = _parse(*words, "--additional-config", '{"avmp": {"page_token": 4}}')
+    with pytest.raises(SystemExit, match=r"vllm: error: .*did you mean 'page_tokens'"):
+        arguments.create_engine_config()
+
+
 def test_yaml_file(tmp_path):
     """Options may live in a file."""
     path = tmp_path / "avmp.yaml"
