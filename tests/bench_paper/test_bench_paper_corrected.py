@@ -67,6 +67,14 @@ def test_limit_serves_its_demand_and_nobody_serves_more(trace, total):
             assert outcome.intact == served
 
 
+@pytest.mark.parametrize("life", ["served", "tight"])
+def test_the_limit_has_no_avoidable_failure(life):
+    trace = make_trace("agentic_burst", 3)
+    demand, outcomes = honest.run_cell(trace, JAMBA, GIB, life)
+    assert len(outcomes[honest.LIMIT].intact) == demand["offered"] > 0
+    assert demand["submitted"] == demand["too_large"] + demand["unavoidable"] + demand["offered"]
+
+
 @settings(max_examples=150, deadline=None)
 @given(traces(), budgets)
 def test_avmp_fails_only_for_rounding_and_its_null_page(trace, total):

@@ -8,7 +8,7 @@ eviction, no skipped layer, no retry. A request is **intact** if it departs with
 needed.
 
 **Which requests.** Those whose prompt, answer and state exceed the arena's bytes are left out for
-everyone and counted (`too_large`). The rest is offered in two ways:
+everyone and counted (`too_large`). The rest is offered in three ways:
 
 ``served``
     The demand that fits. First the limit (bytes shared to the token) goes through the trace and
@@ -17,6 +17,11 @@ everyone and counted (`too_large`). The rest is offered in two ways:
     requests that the limit serves, growing as they go. Whatever fails now fits in the bytes and
     failed for the allocator's sake: an **avoidable failure**. The limit has none by construction,
     no allocator can exceed it, and nobody gains by refusing others.
+
+``tight``
+    The same with the requests that the limit completes *without* guarantees, admitting whoever
+    fits at the moment. At its peaks this demand fills the arena to the token, so that rounding to
+    pages alone costs requests; ``served`` leaves room where guaranteed bytes are not yet used.
 
 ``overload``
     Every request that fits the arena, offered without an oracle. The paper's workloads ask for
@@ -57,7 +62,7 @@ VARIANTS = (
     OURS,
     "avmp_null_outside",
 )
-LIVES = ("served", "overload")
+LIVES = ("served", "tight", "overload")
 
 #: Arenas of the corrected grid in GiB.
 ARENAS = (1, 4, 8)
@@ -259,6 +264,9 @@ def run_cell(
     too_large = len(trace) - len(list(requests))
     if life == "served":
         requests = guaranteed(trace, model, total_bytes, requests)
+    elif life == "tight":
+        everyone = Demand(trace, requests)
+        requests = live(everyone, Limit(model, total_bytes)).intact
     demand = Demand(trace, requests)
     split = best_split(demand, model, total_bytes)
     spaces = SPACES | {BEST: lambda model, total: StaticSplit(model, total, split)}

@@ -162,6 +162,10 @@ _RULES = {
         "nobody loses a page while running. Null pages come out of the same bytes. paper_avmp is\n"
         "granted twice the memory, as published."
     ),
+    "tight": (
+        "Demand that fills: exactly the requests that the limit completes when it admits whoever\n"
+        "fits at the moment. At its peaks every byte is in use, so rounding to pages costs requests."
+    ),
     "overload": (
         "Overload: every request that fits the arena is offered. A variant that cannot hold long\n"
         "requests completes more short ones, so compare tokens too; a few requests either way are\n"
@@ -194,7 +198,7 @@ def corrected(
     yield _RULES[life]
     yield (
         f"{len(cells)} cells, {demand['submitted']} requests: {demand['too_large']} larger than "
-        f"the arena, {demand['unavoidable']} refused by the limit, {demand['offered']} offered"
+        f"the arena, {demand['unavoidable']} failed by the limit, {demand['offered']} offered"
     )
     rng = np.random.default_rng(SEED)
     ours = _by_trace(cells, honest.OURS)
@@ -246,7 +250,7 @@ def corrected(
                     *(f"{100 * part / sum(spent):.1f}" for part in spent),
                 )
             )
-    missed = "avoidable" if life == "served" else "limit's missed"
+    missed = "limit's missed" if life == "overload" else "avoidable"
     yield "Intact completions in % of the limit's, per workload, then in the worst cell"
     yield table(("variant", *workloads, "worst cell", missed, "% tokens", "avmp / it [95%]"), rows)
     yield ("The interval resamples traces, not cells: the cells of one trace are not independent.")
@@ -293,7 +297,7 @@ def goals(life: str, cells: Corrected) -> Iterator[str]:
         f"Goal, {life}: at least {GOAL:.0%} of the limit's intact completions in every cell: "
         f"{'reached' if not short else f'missed in {len(short)} of {len(cells)} cells'}"
     )
-    if life == "served":
+    if life != "overload":
         yield from (f"  {_shortfall(cell, counts)}" for cell, counts in short[:LISTED])
     never = True
     for name in honest.VARIANTS:
