@@ -68,10 +68,15 @@ def error(found: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> floa
     return float(ratio.nan_to_num(float("inf"), float("inf")))
 
 
-def _table(num_kv: int, num_ssm: int, device: torch.device) -> PageTable:
+def _table(num_kv: int, num_ssm: int) -> PageTable:
+    """Return a random page table on the CPU."""
     null = torch.zeros(1, dtype=torch.int64)
     kv, ssm = (1 + torch.randperm(count - 1) for count in (num_kv, num_ssm))
-    return PageTable(torch.cat([null, kv, null, ssm]).to(I32).to(device), num_kv)
+    return PageTable(torch.cat([null, kv, null, ssm]).to(I32), num_kv)
+
+
+def _on(device: torch.device, pages: PageTable) -> PageTable:
+    return PageTable(pages.entries.to(device), pages.num_kv)
 
 
 def _starts(lengths: list[int], device: torch.device) -> torch.Tensor:
@@ -136,7 +141,7 @@ def zeroing(total: int, page_bytes: tuple[int, int], device) -> Workload:
 def resolving(requests: int, tokens: int, page_tokens: int, device) -> Workload:
     """Resolve a decode step of one KV group and one SSM group."""
     width = -(-tokens // page_tokens)
-    pages = _table(requests * width + 1, requests + 1, device)
+    pages = _on(device, _table(requests * width + 1, requests + 1))
     kv = (1 + torch.randperm(requests * width)).reshape(requests, width).to(I32).to(device)
     ssm = (SSM_TAG + 1 + torch.randperm(requests))[:, None].to(I32).to(device)
     resolver = resolve.Resolver([kv, ssm], [page_tokens, tokens], [False, True], requests)
@@ -210,15 +215,16 @@ def attending(
     counts = [-(-length // page_tokens) for length in lengths]
     total = sum(counts)
     keys, values = _kv_layer(total + 1, kv_heads, page_tokens, head_size, cache_dtype, device)
-    pages = _table(total + 1, 2, device)
+    host_pages = _table(total + 1, 2)
+    pages = _on(device, host_pages)
     table = torch.zeros(len(lengths), max(counts), dtype=I32)
     handles = 1 + torch.randperm(total)
     begin = 0
     for row, count in enumerate(counts):
         table[row, :count] = handles[begin : begin + count]
         begin += count
+    physical = host_pages.entries[table.long()].to(device)
     table = table.to(device)
-    physical = pages.entries[table.long()]
     query = torch.randn(sum(queries), query_heads, head_size, device=device).to(dtype)
     out = torch.full_like(query, float("nan"))
     is_fp8 = cache_dtype == torch.float8_e4m3fn
@@ -276,12 +282,13 @@ def writing(tokens: int, page_tokens: int, device, *, dtype=torch.bfloat16, cach
     heads, head_size = 8, 128
     count = -(-tokens // page_tokens)
     keys, values = _kv_layer(count + 1, heads, page_tokens, head_size, cache_dtype, device)
-    pages = _table(count + 1, 2, device)
+    host_pages = _table(count + 1, 2)
+    pages = _on(device, host_pages)
     new = torch.randn(2, tokens, heads, head_size, device=device).to(dtype)
     handle = (1 + torch.randperm(count)).repeat_interleave(page_tokens)[:tokens]
     offset = torch.arange(tokens) % page_tokens
     slots = (handle * page_tokens + offset).to(device)
-    place = pages.entries.cpu()[handle].long()
+    place = host_pages.entries[handle].long()
     physical = (place * page_tokens + offset).to(device)
     scales = {}
     if cache_dtype == torch.float8_e4m3fn:
@@ -312,10 +319,10 @@ def writing(tokens: int, page_tokens: int, device, *, dtype=torch.bfloat16, cach
 
 def _blocks(requests: int, device) -> tuple[PageTable, torch.Tensor, torch.Tensor]:
     """Return a page table, SSM handles of the requests, and their physical blocks."""
-    pages = _table(2, requests + 1, device)
+    pages = _table(2, requests + 1)
     ids = 1 + torch.randperm(requests)
-    physical = pages.entries[2:].cpu()[ids]
-    return pages, (SSM_TAG + ids).to(I32).to(device), physical.to(I32).to(device)
+    physical = pages.entries[2:][ids]
+    return _on(device, pages), (SSM_TAG + ids).to(I32).to(device), physical.to(I32).to(device)
 
 
 def updating(

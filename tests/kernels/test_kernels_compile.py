@@ -202,6 +202,37 @@ def test_mamba_prefill(capability: int, dtype: torch.dtype, monkeypatch) -> None
     _accept(binaries, "_prefill_kernel", "_update_kernel", "_selective_scan_kernel")
 
 
+def test_page_table_keeps_the_lookahead(monkeypatch) -> None:
+    """With handles as many tiles of keys are on their way as with physical indices."""
+    keys, values = _kv_views(128, 8, 16, _BF16)
+    query = empty(64, 32, 128, dtype=_BF16)
+    rows = empty(65, dtype=_I32)
+    with compiling_for(90, monkeypatch) as binaries:
+        for pages in (None, _pages()):
+            attention.paged_attention(
+                query, query, keys, values, empty(64, 64, dtype=_I32), rows[:64], rows, 1, 0.1,
+                pages=pages, segments=1,
+            )  # fmt: skip
+    physical, handles = binaries
+    in_flight = 2 * 2 * 8192  # two tiles of keys and of values, 8 KiB each
+    assert handles.shared >= physical.shared >= in_flight
+
+
+def test_benchmark_launches(monkeypatch) -> None:
+    """Every launch that `avmp bench kernels` times compiles for Hopper and fits."""
+    from avmp_vllm.bench import kernels
+
+    with compiling_for(90, monkeypatch) as binaries:
+        for make in kernels.timings(torch.device("meta")):
+            workload = make()
+            before = len(binaries)
+            workload.run()
+            assert len(binaries) > before, workload.name
+    for binary in binaries:
+        assert binary.stack == 0, f"spills: {binary}"
+        assert binary.shared <= SHARED_LIMIT[90], f"does not fit: {binary}"
+
+
 def test_spills_are_seen(monkeypatch) -> None:
     """With few registers a kernel spills, and the figures show it: the checks above can fail."""
     prefill = attention._prefill_shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from avmp_kernels import attention, workloads
+from avmp_kernels.measure import Limits, Time
 
 from avmp_vllm.bench import kernels
 
@@ -57,3 +58,29 @@ def test_unwritten_elements_count_as_wrong() -> None:
     assert workloads.error(found, wanted, torch.bfloat16) == 0
     found[2] = float("nan")
     assert workloads.error(found, wanted, torch.bfloat16) == float("inf")
+
+
+def test_rows_of_the_table(monkeypatch, capsys) -> None:
+    """Timing rows: the floor, the ratio to physical indices and to stock, a stock that fails."""
+    seconds = iter([2e-6, 4e-6, 8e-6, 5e-6, 5e-6])
+    monkeypatch.setattr(kernels, "time_launch", lambda launch, ms: _timed(launch, next(seconds)))
+    stock = kernels.stock_kernels.STOCK
+    monkeypatch.setitem(stock, "resolve", lambda inputs: lambda: None)
+    monkeypatch.setitem(stock, "kv_write", lambda inputs: 1 // 0)
+    makers = iter(
+        [
+            lambda: workloads.resolving(3, 40, 16, _CPU),
+            lambda: workloads.writing(5, 16, _CPU, dtype=torch.float32),
+        ]
+    )
+    rows = kernels.time_all(makers, "", Limits(copy=1e9, matrix=1e12), True, 1)
+    first, second = (kernels._cells(row) for row in rows)
+    moved = 3 * 3 * 4 * 3
+    assert first[1:] == ["2.0", f"{moved / 1e9 / 2e-6:.1%}", "0.500", "0.250"]
+    assert second[3:] == ["1.000", "error"]
+    assert "ZeroDivisionError" in rows[1]["stock_error"]
+
+
+def _timed(launch, seconds: float) -> Time:
+    launch()
+    return Time(seconds, seconds, seconds)
