@@ -48,6 +48,10 @@ class DevicePageTable(PageTable):
             ),
         )
 
+    def warm_up(self) -> None:
+        """Compile the kernel that writes entries. Null handles are never written."""
+        update(self.resident, [(0, 0)])
+
     def digest(self, known: dict[Kind, int]) -> int:
         """Checksum of the entries on the device. Waits for it, so only verification may ask."""
         entries = self.resident.entries.cpu().numpy()

@@ -7,7 +7,7 @@ whatever its length. Launches follow one another on the current stream, so nothi
 from __future__ import annotations
 
 import torch
-from avmp_kernels.relocate import KV, UNIT, relocate, upload, zero_pages
+from avmp_kernels.relocate import KV, UNIT, copy_pages, relocate, upload, zero_pages
 
 from avmp_vllm.core import Geometry, Kind, MovePlan
 
@@ -41,6 +41,17 @@ class KernelBuffer:
             raise ValueError(f"the buffer does not start on a boundary of {UNIT} bytes")
         self._bytes = raw
         self._page_bytes = (geometry.unit(Kind.KV), geometry.unit(Kind.SSM))
+
+    def warm_up(self) -> None:
+        """Compile the kernels, so that no request waits for the compiler. Touches null pages only.
+
+        A plan's later levels start in the middle of its list, for which Triton may compile a second
+        variant; hence two calls.
+        """
+        pairs = upload([(0, 0)] * 3, self._bytes.device)
+        for begin in (0, 1):
+            copy_pages(self._bytes, pairs[begin : begin + 2], 1, self._page_bytes)
+        zero_pages(self._bytes, pairs[0], 1, self._page_bytes)
 
     def apply(self, plan: MovePlan) -> None:
         """Carry a plan out: relocations in order, then zeroing, then copy-on-write."""

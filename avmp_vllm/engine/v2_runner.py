@@ -72,6 +72,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
             assert kv_cache_config.geometry is not None
             raw = bytes_behind(self.kv_caches[0])
             buffer = KernelBuffer(raw, kv_cache_config.geometry)
+            self._page_table.warm_up()
+            buffer.warm_up()
             self._plans = PlanApplier(self._page_table, buffer)
 
     def _init_kv_zero_meta(self) -> None:

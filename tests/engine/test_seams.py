@@ -13,7 +13,7 @@ from avmp_vllm.engine import seams
 from avmp_vllm.engine.config import SELECTED, ConfigError
 from avmp_vllm.engine.selection import ASYNC_SCHEDULER, SCHEDULER, WORKERS, require_supported_vllm
 
-ALL = (*seams.SELECTION, *seams.ENGINE)
+ALL = (*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2)
 
 #: Methods that AVMP's subclasses override or call, and the parameters they rely on.
 OVERRIDDEN = {
@@ -56,6 +56,43 @@ OVERRIDDEN = {
         "kernel_block_sizes",
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_mamba_bufs": ("self",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_minimal_kv_cache_for_profiling": (
+        "self",
+    ),
+    "vllm.v1.worker.gpu_worker:Worker._make_model_runner": ("self",),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache": (
+        "self",
+        "kv_cache_config",
+        "is_profiling",
+    ),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner._init_kv_zero_meta": ("self",),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.execute_model": ("self", "scheduler_output"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_attn": ("self", "input_batch"),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.prepare_dummy_attn": (
+        "self",
+        "input_batch",
+        "valid_state_slots",
+    ),
+    "vllm.v1.worker.gpu.block_table:BlockTables.__init__": (
+        "self",
+        "block_sizes",
+        "max_num_reqs",
+        "max_num_batched_tokens",
+        "max_num_blocks_per_group",
+        "device",
+        "cp_size",
+        "cp_rank",
+        "cp_interleave",
+        "slot_mapping_enabled",
+    ),
+    "vllm.v1.worker.gpu.block_table:BlockTables.apply_staged_writes": ("self",),
+    "vllm.v1.worker.gpu.block_table:BlockTables.init_block_table_layout_tensors": ("self",),
+    "vllm.v1.worker.gpu.buffer_utils:FusedStagedWriter.apply": (
+        "self",
+        "tensors",
+        "output_ptrs",
+        "output_strides",
+    ),
 }
 
 
