@@ -149,13 +149,16 @@ class Arena:
         kv, ssm = self._bands
         if kv.free < pages or ssm.free < blocks:
             self._make_room(pages, blocks)
-        handles: list[int] = []
-        if pages:
+        if not blocks:
             handles = kv.take(pages)
-            self._note_peak(Kind.KV)
-        if blocks:
-            handles += ssm.take(blocks)
-            self._note_peak(Kind.SSM)
+            self._note_peak(kv)
+        elif not pages:
+            handles = ssm.take(blocks)
+            self._note_peak(ssm)
+        else:
+            handles = kv.take(pages) + ssm.take(blocks)
+            self._note_peak(kv)
+            self._note_peak(ssm)
         return handles
 
     def note_failure(self, pages: int, blocks: int) -> None:
@@ -166,7 +169,7 @@ class Arena:
     def release(self, handles: Sequence[int]) -> None:
         """Free referenced pages of one pool whose last reference is gone."""
         if handles:
-            self._bands[kind_of(handles[0])].give(handles)
+            self._bands[1 if handles[0] & SSM_TAG else 0].give(handles)
 
     def cache(self, handles: Iterable[int]) -> None:
         """Keep pages whose last reference is gone for as long as nobody needs their bytes.
@@ -184,7 +187,7 @@ class Arena:
         """Reference a cached page again."""
         kind = kind_of(handle)
         del self._cached[kind][handle]
-        self._note_peak(kind)
+        self._note_peak(self._bands[kind])
 
     def drop(self, handle: int) -> None:
         """Free a cached page that is good for nothing any more (not counted as an eviction)."""
@@ -289,8 +292,8 @@ class Arena:
                 self.statistics.evictions[kind] += len(evicted[kind])
                 self._bands[kind].give(evicted[kind])
 
-    def _note_peak(self, kind: Kind) -> None:
-        band, peaks = self._bands[kind], self.statistics.peak_used
+    def _note_peak(self, band: Band) -> None:
+        kind, peaks = band.kind, self.statistics.peak_used
         used = band.capacity - band.free - len(self._cached[kind])
         if used > peaks[kind]:
             peaks[kind] = used

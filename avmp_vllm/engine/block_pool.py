@@ -54,6 +54,7 @@ class AVMPBlockPool(BlockPool):
         )
         self.arena = arena
         self.kind = kind
+        self._is_kv = kind is Kind.KV
         # Limit of ids; a manager that wants to wait asks for one more than this.
         self.num_gpu_blocks = arena.geometry.limit(kind) + 1
 
@@ -65,14 +66,15 @@ class AVMPBlockPool(BlockPool):
         """
         if not num_blocks:
             return []
-        pages, blocks = (num_blocks, 0) if self.kind is Kind.KV else (0, num_blocks)
-        handles = self.arena.allocate(pages, blocks)
-        objects = self.blocks
-        if self.arena.known(self.kind) >= len(objects):
+        if self._is_kv:
+            numbers = self.arena.allocate(num_blocks)
+        else:
+            numbers = [handle & ID_MASK for handle in self.arena.allocate(0, num_blocks)]
+        try:
+            new = list(map(self.blocks.__getitem__, numbers))
+        except IndexError:
             self._make_blocks()
-        if tag := self.kind.tag:
-            handles = [handle - tag for handle in handles]
-        new = list(map(objects.__getitem__, handles))
+            new = list(map(self.blocks.__getitem__, numbers))
         assert not any(map(_REF_CNT, new))
         for block in new:
             block.ref_cnt = 1
@@ -143,20 +145,23 @@ class AVMPBlockPool(BlockPool):
         """
         free: list[int] = []
         cached: list[int] = []
-        others: dict[BlockPool, list[KVCacheBlock]] = {}
+        others: list[KVCacheBlock] = []
         for block in ordered_blocks:
             if block.pool is not self:
-                if block.pool is not None:
-                    others.setdefault(block.pool, []).append(block)
+                others.append(block)
                 continue
             block.ref_cnt = count = block.ref_cnt - 1
             if not count and not block.is_null:
                 # The slot, not the property: this is the innermost loop of a request's end.
                 (free if block._block_hash is None else cached).append(block.block_id)
-        self.arena.release(free)
-        self.arena.cache(cached)
-        for pool, blocks in others.items():
-            pool.free_blocks(blocks)
+        if free:
+            self.arena.release(free)
+        if cached:
+            self.arena.cache(cached)
+        if others:
+            pool = others[0].pool
+            assert pool is not None
+            pool.free_blocks(others)
 
     def evict(self, handle: int) -> None:
         """Forget the hashes of a cached block whose page the arena is about to reuse."""

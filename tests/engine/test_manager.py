@@ -1,0 +1,326 @@
+"""vLLM's scheduler and cache manager over an arena, driven without a model.
+
+A made-up worker answers every scheduled step with one token for each request that has reached its
+end; everything else is vLLM's scheduler, AVMP's manager and the core. Each test names the report of
+another system's user that it answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256_cbor
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.core import AllocationFailure, Kind
+from avmp_vllm.engine.layout import arena_config
+from avmp_vllm.engine.scheduler import PLAN, AVMPAsyncScheduler, AVMPScheduler
+from avmp_vllm.models.tiny_jamba import tiny_jamba_config
+
+PAGE_TOKENS = 32
+CHECKPOINT_TOKENS = 128
+MAX_MODEL_LEN = 1024
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A config.json; no weights are needed."""
+    folder = tmp_path_factory.mktemp("config")
+    tiny_jamba_config(architectures=["JambaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
+
+
+class Driver:
+    """A scheduler and a worker that only keeps its page table.
+
+    Args:
+        model: Folder of a config.json.
+        arena_bytes: Size of the arena.
+        caching: Prefix caching.
+        scheduler: Which of the two schedulers.
+        batch: ``migration_batch``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        arena_bytes: int,
+        caching: bool = True,
+        scheduler: type = AVMPScheduler,
+        batch: int = 1,
+    ) -> None:
+        config = EngineArgs(
+            model=model,
+            skip_tokenizer_init=True,
+            enable_prefix_caching=caching,
+            max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=256,
+            max_num_seqs=16,
+            enforce_eager=True,
+            additional_config={
+                "block_manager": "avmp",
+                "avmp": {"migration_batch": batch, "verify": True},
+            },
+        ).create_engine_config()
+        kv_cache_utils.init_none_hash(sha256_cbor)
+        kv = FullAttentionSpec(
+            block_size=PAGE_TOKENS, num_kv_heads=2, head_size=32, dtype=torch.float32
+        )
+        ssm = MambaSpec(
+            block_size=CHECKPOINT_TOKENS if caching else MAX_MODEL_LEN,
+            shapes=((3, 256), (256, 16)),
+            dtypes=(torch.float32, torch.float32),
+            mamba_type=MambaAttentionBackendEnum.MAMBA1,
+            mamba_cache_mode="align" if caching else "none",
+        )
+        layers = {f"layers.{i}": kv if i % 4 == 2 else ssm for i in range(8)}
+        cache = arena_config(config, layers, arena_bytes)
+        config.cache_config.num_gpu_blocks = cache.num_blocks
+        config.cache_config.block_size = PAGE_TOKENS
+        block, hash_block = kv_cache_utils.resolve_kv_cache_block_sizes(cache, config)
+        self.scheduler: Any = scheduler(
+            config,
+            cache,
+            StructuredOutputManager(config),
+            block_size=block,
+            hash_block_size=hash_block,
+            log_stats=True,
+        )
+        self.hasher = kv_cache_utils.get_request_block_hasher(hash_block, sha256_cbor)
+        self.manager = self.scheduler.kv_cache_manager
+        self.arena = self.manager.arena
+        self.table = PageTable(self.arena.geometry)
+        self.plans = 0
+        self.hits: dict[str, int] = {}
+        self.finished: list[str] = []
+
+    def add(self, name: str, prompt: list[int], answer: int) -> Request:
+        """Queue a request that answers with so many tokens."""
+        request = Request(
+            request_id=name,
+            prompt_token_ids=prompt,
+            sampling_params=SamplingParams(max_tokens=answer, ignore_eos=True),
+            pooling_params=None,
+            block_hasher=self.hasher if self.manager.enable_caching else None,
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def apply(self, output: SchedulerOutput) -> None:
+        """Follow the plan as a worker does, and compare the page tables."""
+        plan = getattr(output, PLAN)
+        self.plans += 1
+        assert plan.number == self.plans
+        self.table.apply(plan.relocations)
+        known, digest = plan.digest
+        assert self.table.digest(dict(zip(Kind, known, strict=True))) == digest
+
+    def step(self) -> SchedulerOutput:
+        """One step of the engine."""
+        output = self.scheduler.schedule()
+        self.apply(output)
+        for new in output.scheduled_new_reqs:
+            self.hits.setdefault(new.req_id, new.num_computed_tokens)
+        names = list(output.num_scheduled_tokens)
+        requests = self.scheduler.requests
+        # A step that computed a request's last known token is followed by a new one.
+        tokens = [
+            [len(name)] if requests[name].num_computed_tokens >= requests[name].num_tokens else []
+            for name in names
+        ]
+        self.scheduler.update_from_output(
+            output,
+            ModelRunnerOutput(
+                req_ids=names,
+                req_id_to_index={name: index for index, name in enumerate(names)},
+                sampled_token_ids=tokens,
+            ),
+        )
+        self.finished += [name for name in names if name not in requests]
+        return output
+
+    def run(self, limit: int) -> int:
+        """Step until nothing is left; the number of steps."""
+        for number in range(limit):
+            if not self.scheduler.has_unfinished_requests():
+                return number
+            self.step()
+        raise AssertionError(
+            f"unfinished after {limit} steps: running "
+            f"{[r.request_id for r in self.scheduler.running]}, "
+            f"{len(self.scheduler.waiting)} waiting"
+        )
+
+    def check_empty(self) -> None:
+        """Every page is free or evictable, and the bytes add up."""
+        self.apply(self.scheduler.schedule())  # lets go of what finished last
+        assert self.arena.used(Kind.KV) == self.arena.used(Kind.SSM) == 0
+        self.manager.verify()
+
+
+def prompt(seed: object, tokens: int) -> list[int]:
+    rng = random.Random(str(seed))
+    return [rng.randrange(1_000) for _ in range(tokens)]
+
+
+def arena_for(requests: float, tokens: int = MAX_MODEL_LEN) -> int:
+    """Bytes that hold so many requests of a length, three states each, beside the null block."""
+    page, block = 2 * 16_384, 6 * 19_456
+    return int(block + page + requests * (-(-tokens // PAGE_TOKENS) * page + 3 * block))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_two_requests_that_do_not_fit_together_both_finish(model: str, caching: bool) -> None:
+    """SGLang #35158: retract livelock; each takes from the other what it needs, for ever."""
+    driver = Driver(model, arena_for(1.2), caching)
+    requests = [driver.add(name, prompt(name, 300), 500) for name in ("a", "b")]
+    steps = driver.run(limit=3_000)
+    assert sorted(driver.finished) == ["a", "b"]
+    preemptions = [request.num_preemptions for request in requests]
+    assert sum(preemptions) > 0, "the arena was large enough for both: nothing was tested"
+    assert max(preemptions) <= 4, preemptions
+    assert steps < 2_000
+    driver.check_empty()
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_request_that_fills_the_arena_is_not_requeued_for_ever(model: str, caching: bool) -> None:
+    """vLLM #52520: a request that fits the empty pool waits for ever behind what is cached."""
+    driver = Driver(model, arena_for(1.0), caching)
+    for index in range(6):
+        driver.add(f"small{index}", prompt(index, 200), 20)
+    driver.add("whole", prompt("whole", MAX_MODEL_LEN - 24), 24)
+    for index in range(6, 9):
+        driver.add(f"small{index}", prompt(index, 200), 20)
+    driver.run(limit=2_000)
+    assert len(driver.finished) == 10
+    driver.check_empty()
+
+
+@pytest.mark.parametrize("scheduler", [AVMPScheduler, AVMPAsyncScheduler])
+def test_churn_under_pressure(model: str, scheduler: type) -> None:
+    """SGLang #36770, #35158; kvcached #364: killed or leaking under pressure. Many requests, shared
+    prefixes, aborts in mid-air, an arena for one and a half: everyone finishes, every invariant
+    holds in every step, and the workers' page table agrees with the scheduler's."""
+    driver = Driver(model, arena_for(1.5), True, scheduler)
+    rng = random.Random(1)
+    shared = prompt("shared", 160)
+    names, aborted = [], []
+    for index in range(40):
+        name = f"r{index}"
+        names.append(name)
+        own = prompt(name, rng.choice([3, 40, 130, 400]))
+        driver.add(name, (shared if index % 3 == 0 else []) + own, rng.choice([1, 30, 120]))
+        for _ in range(rng.randint(0, 12)):
+            driver.step()
+        if index % 7 == 6:
+            victims = [r.request_id for r in driver.scheduler.running][-1:]
+            driver.scheduler.finish_requests(victims, RequestStatus.FINISHED_ABORTED)
+            aborted += victims
+    driver.run(limit=5_000)
+    assert set(driver.finished) | set(aborted) == set(names)
+    statistics = driver.arena.statistics
+    for kind in Kind:
+        assert statistics.migrations[kind] > 0
+        assert statistics.evictions[kind] > 0
+    assert sum(statistics.relocations.values()) > 0
+    driver.check_empty()
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_failing_manager_call_changes_nothing(model: str, caching: bool) -> None:
+    """All or nothing: with room for the pages but not for the state, and the other way round,
+    ``allocate_slots`` answers None and the arena is as before."""
+    driver = Driver(model, arena_for(1.0), caching)
+    arena, manager = driver.arena, driver.manager
+    for kind in Kind:
+        leave = arena.available(kind) - (1 if kind is Kind.SSM else 3)
+        held = arena.allocate(*((leave, 0) if kind is Kind.KV else (0, leave)))
+        request = driver.add(f"late{kind}", prompt(kind, 250), 1)
+        before = (arena.digest(), [(arena.used(k), arena.free(k)) for k in Kind], arena.gap_bytes)
+        assert manager.allocate_slots(request, 250) is None
+        after = (arena.digest(), [(arena.used(k), arena.free(k)) for k in Kind], arena.gap_bytes)
+        assert before == after
+        arena.release(held)
+        assert manager.allocate_slots(request, 250) is not None
+        manager.free(request)
+        driver.scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ABORTED)
+
+
+def hit(driver: Driver, name: str, tokens: list[int]) -> int:
+    """Run a request to its end; how many of its tokens came from the cache."""
+    driver.add(name, tokens, 4)
+    driver.run(limit=100)
+    return driver.hits[name]
+
+
+def test_a_short_prompt_hits_the_cache(model: str) -> None:
+    """vLLM #40696: prompts under 528 tokens get no prefix hit. A second identical prompt of 200
+    tokens hits up to its last page boundary, and a longer one at the last common checkpoint."""
+    driver = Driver(model, arena_for(4.0))
+    tokens = prompt("twice", 200)
+    assert hit(driver, "first", tokens) == 0
+    assert hit(driver, "second", tokens) == 192
+    assert hit(driver, "longer", [*tokens[:150], *prompt("tail", 100)]) == 128
+
+
+def test_a_state_is_had_although_the_cache_is_all_pages(model: str) -> None:
+    """SGLang #34441: the state side starves beside a cache of pages. Eviction crosses over."""
+    driver = Driver(model, arena_for(1.3))
+    for index in range(12):
+        hit(driver, f"r{index}", prompt(index, 600))
+    arena = driver.arena
+    assert arena.cached(Kind.KV) > 0
+    with pytest.raises(AllocationFailure):
+        arena.allocate(blocks=arena.available(Kind.SSM) + 1)
+    evicted = dict(arena.statistics.evictions)
+    blocks = arena.allocate(blocks=arena.available(Kind.SSM))
+    assert arena.statistics.evictions[Kind.KV] > evicted[Kind.KV]
+    assert arena.cached(Kind.SSM) == 0
+    left = arena.cached(Kind.KV) * arena.geometry.page_bytes
+    assert left < arena.geometry.block_bytes + arena.geometry.page_bytes
+    arena.release(blocks)
+    # What was evicted is forgotten, and what is computed again is found again.
+    assert hit(driver, "again", prompt(11, 600)) == 0
+    assert hit(driver, "found", prompt(11, 600)) == 576
+    driver.check_empty()
+
+
+def test_resetting_the_cache_frees_everything(model: str) -> None:
+    driver = Driver(model, arena_for(2.0))
+    for index in range(4):
+        hit(driver, f"r{index}", prompt(index, 300))
+    driver.check_empty()
+    assert sum(driver.arena.cached(kind) for kind in Kind) > 0
+    assert driver.manager.reset_prefix_cache()
+    assert sum(driver.arena.cached(kind) for kind in Kind) == 0
+    assert hit(driver, "after", prompt(0, 300)) == 0
+    driver.check_empty()
+
+
+def test_the_same_requests_give_the_same_plans(model: str) -> None:
+    """Determinism, byte for byte, through vLLM's scheduler."""
+
+    def plans() -> Iterable[str]:
+        driver = Driver(model, arena_for(1.2))
+        for index in range(8):
+            driver.add(f"r{index}", prompt(index % 5, 60 * index + 5), 30)
+        while driver.scheduler.has_unfinished_requests():
+            yield repr(getattr(driver.step(), PLAN))
+
+    first, second = list(plans()), list(plans())
+    assert any("relocations=[R" in plan for plan in first)
+    assert first == second
