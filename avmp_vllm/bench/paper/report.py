@@ -164,7 +164,7 @@ _RULES = {
     ),
     "tight": (
         "Demand that fills: exactly the requests that the limit completes when it admits whoever\n"
-        "fits at the moment. At its peaks every byte is in use, so rounding to pages costs requests."
+        "fits at the moment. At its peaks every byte is used, so rounding to pages costs requests."
     ),
     "overload": (
         "Overload: every request that fits the arena is offered. A variant that cannot hold long\n"
@@ -219,11 +219,10 @@ def corrected(
             sum(counts["tokens"] for counts in mine.values()),
             sum(counts["tokens"] for counts in limit.values()),
         )
-        ratio = (
-            ""
-            if variant == honest.OURS
-            else str(ratio_of_means(ours, _by_trace(cells, variant), rng))
-        )
+        ratio = ""
+        if variant != honest.OURS:
+            interval = ratio_of_means(ours, _by_trace(cells, variant), rng)
+            ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*interval)
         rows.append(
             (
                 variant,
