@@ -83,11 +83,11 @@ class Batch:
 
 
 _REQUESTS = st.lists(
-    st.tuples(st.sampled_from([1, 1, 1, 0, 2, 9, 40]), st.integers(0, 90)), max_size=4
+    st.tuples(st.sampled_from([1, 1, 1, 0, 2, 9, 40]), st.integers(0, 170)), max_size=4
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=40)
 @given(
     requests=_REQUESTS,
     padding=st.sampled_from([0, 3]),
@@ -120,6 +120,7 @@ def test_equals_reference(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fp8, "has_fp8", lambda device: cache == "fp8 native")
+        patch.setattr(attention, "_SEGMENT_TILES", 1)  # so that short requests are cut, too
         found = batch.run(softcap=softcap, segments=segments)
     torch.testing.assert_close(found, batch.wanted(softcap=softcap), **_TOLERANCE[dtype])
 
