@@ -15,16 +15,26 @@ from avmp_vllm.demo.server import Metrics
 AVMP, STOCK = "avmp", "stock"
 _SHOWN_DIFFERENCES = 5
 _POOLS = ("kv", "ssm")
+_BUSY_PERCENT = 15  # above it, times say more about the neighbours than about the servers
 
 
 @dataclass
 class Outcome:
-    """What one server did: its answers, its counters at the end, and its most crowded moment."""
+    """What one server did.
+
+    Attributes:
+        replay: Its answers.
+        metrics: Its counters at the end.
+        peak_running: Most requests that it computed at one time, sampled.
+        start_s: Seconds until it was ready.
+        foreign_cpu: Share of the machine's cores that other programs used meanwhile, 0 to 1.
+    """
 
     replay: Replay
     metrics: Metrics
     peak_running: float | None
     start_s: float
+    foreign_cpu: float
 
 
 class Row(NamedTuple):
@@ -42,6 +52,7 @@ ROWS: tuple[Row | None, ...] = (
     Row("answer tokens", "completion_tokens"),
     Row("answer tokens / s", "tokens_per_s", ",.1f"),
     Row("requests running at once, peak", "peak_running"),
+    Row("CPU taken by other programs", "foreign_cpu_percent", ",.0f", "%"),
     None,
     Row("time to first token, p50", "ttft_p50_ms", ",.0f", "ms"),
     Row("time to first token, p99", "ttft_p99_ms", ",.0f", "ms"),
@@ -85,6 +96,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         "completion_tokens": tokens,
         "tokens_per_s": tokens / outcome.replay.seconds,
         "peak_running": outcome.peak_running,
+        "foreign_cpu_percent": 100 * outcome.foreign_cpu,
         "ttft_p50_ms": percentile(firsts, 50),
         "ttft_p99_ms": percentile(firsts, 99),
         "itl_p50_ms": percentile(gaps, 50),
@@ -167,7 +179,7 @@ def table(report: dict[str, Any]) -> Table:
             result.add_section()
             continue
         ours, theirs = report[AVMP][row.key], report[STOCK][row.key]
-        share = ratio(ours, theirs)
+        share = None if row.unit == "%" else ratio(ours, theirs)
         result.add_row(
             row.label,
             _shown(ours, row),
@@ -199,6 +211,8 @@ def complaints(report: dict[str, Any]) -> list[str]:
     more = len(report["differences"]) - _SHOWN_DIFFERENCES
     if more > 0:
         lines.append(f"and {more} more; all of them are in the report")
+    if max(report[side]["foreign_cpu_percent"] for side in (AVMP, STOCK)) > _BUSY_PERCENT:
+        lines.append("other programs used this machine meanwhile: do not trust the times")
     if not (report["migrations_kv_to_ssm"] and report["migrations_ssm_to_kv"]):
         lines.append(
             "capacity did not move both ways in this run: lower --arena-mib, or send more requests"

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from avmp_vllm.demo import report as reports
+from avmp_vllm.demo.neighbours import cpu_times, foreign_share
 from avmp_vllm.demo.replay import Answer, Replay, peak, replay
 from avmp_vllm.demo.server import Server, ServerError, vllm_server
 from avmp_vllm.demo.workload import (
@@ -64,31 +65,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--requests",
-        type=_positive,
+        type=positive,
         default=shape.requests,
         help=f"most requests to send to each server (default {shape.requests})",
     )
     parser.add_argument(
         "--arena-mib",
-        type=_positive,
+        type=positive,
         default=6,
         help="MiB of cache that each server gets (default 6)",
     )
     parser.add_argument(
         "--max-model-len",
-        type=_positive,
+        type=positive,
         default=shape.max_model_len,
         help=f"longest prompt and answer in tokens (default {shape.max_model_len})",
     )
     parser.add_argument(
         "--concurrency",
-        type=_positive,
+        type=positive,
         default=shape.short_concurrency,
         help=f"short chats at a time (default {shape.short_concurrency})",
     )
     parser.add_argument(
         "--long-concurrency",
-        type=_positive,
+        type=positive,
         default=shape.long_concurrency,
         help=f"long chats at a time (default {shape.long_concurrency})",
     )
@@ -108,7 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """Argument type: a whole number from 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a positive number")
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the comparison; return the exit status."""
     console = Console()
     try:
-        with _termination_as_interrupt():
+        with termination_as_interrupt():
             return _run(args, console)
     except WorkloadError as error:
         print(f"avmp demo: error: {error}", file=sys.stderr)
@@ -134,10 +136,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, console: Console) -> int:
     begin = time.monotonic()
-    load = os.getloadavg()[0]
     conversations = read_conversations(args.sharegpt)
     with console.status("building a tiny Jamba"):
-        model = _tiny_jamba(args.output / "tiny-jamba")
+        model = tiny_jamba(args.output / "tiny-jamba")
     shape = replace(
         Shape(max_model_len=args.max_model_len),
         requests=args.requests,
@@ -145,15 +146,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         long_concurrency=args.long_concurrency,
     )
     with console.status("choosing the requests"):
-        phases = make_phases(conversations, _token_counter(model), shape)
+        phases = make_phases(conversations, token_counter(model), shape)
     _describe(console, args, model, phases)
-    if load > 0.5 * (os.cpu_count() or 1):
-        console.print(
-            f"This machine is busy (load {load:.1f}): the times below say little, parity all the "
-            "same.",
-            style="yellow",
-            highlight=False,
-        )
 
     outcomes = {}
     for side in SIDES:
@@ -172,7 +166,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         "max_model_len": args.max_model_len,
         "phases": {phase.name: len(list(phase.requests)) for phase in phases},
         "vllm_options": _options(args),
-        "load_average_before": load,
         "seconds": time.monotonic() - begin,
     }
     report = reports.build_report(outcomes[reports.AVMP], outcomes[reports.STOCK], setting)
@@ -212,7 +205,8 @@ def _describe(
         )
 
 
-def _tiny_jamba(path: Path) -> Path:
+def tiny_jamba(path: Path) -> Path:
+    """Write the tiny Jamba to a folder."""
     # Imported here: torch and transformers take seconds, and `avmp demo --help` needs neither.
     from transformers.utils import logging
 
@@ -222,7 +216,7 @@ def _tiny_jamba(path: Path) -> Path:
     return write_tiny_jamba(path)
 
 
-def _token_counter(model: Path) -> CountTokens:
+def token_counter(model: Path) -> CountTokens:
     """Length of a chat prompt in the model's tokens."""
     from transformers import AutoTokenizer
 
@@ -251,9 +245,12 @@ def _serve(
                 on_wait=lambda s: status.update(f"{title}: starting, {s:.0f} s; log: {server.log}")
             )
         console.print(f"{title}: ready after {start_s:.0f} s; log: {server.log}", highlight=False)
+        begin = cpu_times()
         result, peak_running = asyncio.run(_replay_and_watch(console, title, server, model, phases))
         server.check_alive()
-        outcome = reports.Outcome(result, server.metrics(), peak_running, start_s)
+        outcome = reports.Outcome(
+            result, server.metrics(), peak_running, start_s, foreign_share(begin, cpu_times())
+        )
         with console.status(f"{title}: stopping"):
             server.stop()
     return outcome
@@ -295,7 +292,7 @@ async def _replay_and_watch(
 
 
 @contextlib.contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
+def termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind like Ctrl-C, so that the servers are stopped."""
 
     def interrupt(number: int, frame: object) -> None:

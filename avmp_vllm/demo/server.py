@@ -91,6 +91,12 @@ class Server:
     ) -> None:
         self.stop()
 
+    @property
+    def pid(self) -> int:
+        """Of the process, whose children do most of the work."""
+        assert self._process is not None, "not started"
+        return self._process.pid
+
     def start(self) -> None:
         """Start the process; return without waiting for it."""
         assert self._process is None, "started already"

@@ -47,8 +47,10 @@ def answer(name: str, text: str = "same", **more: object) -> Answer:
     return Answer(name, text, **{**fields, **more})
 
 
-def outcome(answers: list[Answer], metrics: str, seconds: float = 2.0) -> reports.Outcome:
-    return reports.Outcome(Replay(answers, seconds), Metrics(metrics), 5.0, 30.0)
+def outcome(
+    answers: list[Answer], metrics: str, seconds: float = 2.0, foreign_cpu: float = 0.0
+) -> reports.Outcome:
+    return reports.Outcome(Replay(answers, seconds), Metrics(metrics), 5.0, 30.0, foreign_cpu)
 
 
 def report_of(ours: list[Answer], theirs: list[Answer]) -> dict:
@@ -127,6 +129,15 @@ def test_the_table_shows_both_sides_and_the_ratio() -> None:
         assert line in text
 
 
+def test_a_busy_machine_is_named() -> None:
+    quiet = outcome([answer("a")], AVMP_METRICS)
+    busy = outcome([answer("a")], STOCK_METRICS, foreign_cpu=0.5)
+    report = reports.build_report(quiet, busy, {})
+    assert report["stock"]["foreign_cpu_percent"] == 50
+    assert any("do not trust the times" in line for line in reports.complaints(report))
+    assert reports.complaints(reports.build_report(quiet, quiet, {})) == []
+
+
 def test_many_differences_are_cut_short_in_the_terminal_only() -> None:
     ours = [answer(str(i)) for i in range(9)]
     theirs = [answer(str(i), text="other") for i in range(9)]
@@ -146,8 +157,8 @@ def test_the_exit_status_tells_parity(
     """The command around the two servers: their place is taken by records."""
     texts = {"AVMP": "same", "stock vLLM": stock_text}
     count: CountTokens = lambda messages: 10 * len(messages)  # noqa: E731
-    monkeypatch.setattr(demo, "_tiny_jamba", lambda path: path)
-    monkeypatch.setattr(demo, "_token_counter", lambda model: count)
+    monkeypatch.setattr(demo, "tiny_jamba", lambda path: path)
+    monkeypatch.setattr(demo, "token_counter", lambda model: count)
     monkeypatch.setattr(
         demo,
         "_serve",

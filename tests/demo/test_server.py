@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from avmp_vllm.demo.run import _termination_as_interrupt
+from avmp_vllm.demo.run import termination_as_interrupt
 from avmp_vllm.demo.server import LOCALHOST, Metrics, Server, ServerError, free_port
 
 
@@ -81,7 +81,7 @@ def test_a_terminated_demo_stops_it(tmp_path: Path, number: signal.Signals) -> N
     server = http_server(tmp_path)
 
     def serve_until_terminated() -> None:
-        with _termination_as_interrupt(), server:
+        with termination_as_interrupt(), server:
             server.wait_ready(30)
             os.kill(os.getpid(), number)
             time.sleep(5)  # the signal arrives here
