@@ -24,6 +24,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "tiny-jamba": Command("avmp_vllm.models.tiny_jamba", "write a tiny Jamba checkpoint"),
     "demo": Command("avmp_vllm.demo.run", "serve, replay conversations, compare with stock vLLM"),
+    "plot": Command("avmp_vllm.plots.command", "draw a result file of `avmp bench`"),
 }
 
 BENCHMARKS: dict[str, Command] = {
@@ -31,6 +32,8 @@ BENCHMARKS: dict[str, Command] = {
     "allocator": Command(
         "avmp_vllm.bench.allocator", "pages, requests, migration and size against vLLM's own pools"
     ),
+    "serve": Command("avmp_vllm.bench.serve.command", "AVMP and stock vLLM in turn, over HTTP"),
+    "bands": Command("avmp_vllm.bench.bands", "record a live engine's bands, for `avmp plot`"),
     "scan": Command("avmp_vllm.bench.scan", "the compiled scan of Mamba-1 on CPU"),
     "kernels": Command("avmp_vllm.bench.kernels", "the Triton kernels on a GPU: right, then fast"),
 }

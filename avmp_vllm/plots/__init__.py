@@ -1,0 +1,11 @@
+"""Pictures of result files; ``avmp plot``. One kind of picture a file.
+
+======== ===================================================================
+style    colours, hatches, reproducible SVG, saving
+bands    the arena over time, from ``avmp bench bands``
+ratios   AVMP / stock with intervals, from ``avmp bench serve``
+paper    batch sizes, phase times, completions, from ``avmp bench paper``
+capacity sequences that fit against their length, from ``avmp plan``
+command  which picture belongs to which result
+======== ===================================================================
+"""
