@@ -236,7 +236,7 @@ class Job:
                         goal,
                     )
                     bar.update()
-                return {**found, "load_average": os.getloadavg()[0]}
+                return found
 
             warm = one(WARM_UP, None)
             if f"{scenario}/goal" not in self.journal.done:
@@ -267,14 +267,17 @@ class Job:
         return {name: self.journal.done[f"{name}/goal"] for name in self.scenarios()}
 
 
-def head(parameters: dict[str, Any], scenario: str, goal: list[float], loads: list[float]) -> str:
+def head(
+    parameters: dict[str, Any], scenario: str, goal: list[float], rounds: list[dict[str, Any]]
+) -> str:
     """One line about how a scenario was run."""
+    foreign = [100 * half["foreign_share"] for one in rounds for half in one.values()]
     mib = parameters["arena_mib"][scenario.split("/")[1]]
     return (
         f"{mib} MiB, {parameters['rounds']} rounds of {parameters['requests']} requests, "
         f"{parameters['concurrency']} at a time; good: first token within {goal[0]:.0f} ms and "
-        f"{goal[1]:.1f} ms a token after it; load average {min(loads):.1f} to {max(loads):.1f} on "
-        f"{os.cpu_count()} cores"
+        f"{goal[1]:.1f} ms a token after it; other programs took {min(foreign):.0f} to "
+        f"{max(foreign):.0f}% of the {os.cpu_count()} cores"
     )
 
 
@@ -329,10 +332,7 @@ def _run(args: argparse.Namespace) -> int:
         journal.close()
         raise
     rounds, goals = job.rounds(), job.goals()
-    heads = {
-        name: head(parameters, name, goals[name], [one["load_average"] for one in several])
-        for name, several in rounds.items()
-    }
+    heads = {name: head(parameters, name, goals[name], several) for name, several in rounds.items()}
     for line in report.lines(rounds, heads):
         print(line)
     result = result_of(parameters, rounds, goals)

@@ -16,6 +16,7 @@ import psutil
 
 from avmp_vllm.bench.serve.load import Workload
 from avmp_vllm.bench.serve.rounds import Goal, Round
+from avmp_vllm.demo.neighbours import cpu_times, foreign_share
 from avmp_vllm.demo.server import Server, vllm_server
 
 AVMP, STOCK = "avmp", "stock"
@@ -87,20 +88,27 @@ def drive(
     """Drive one server for one round.
 
     Returns:
-        ``counts`` (of no clock), ``figures`` and ``errors``. Preemptions, prefix hits and
+        ``counts`` (of no clock), ``figures``, ``errors`` and ``foreign_share``, what other programs
+        took of the machine. Preemptions, prefix hits and
         migrations depend on when requests meet, so they are figures.
 
     Raises:
         ServerError: It died.
     """
     server.check_alive()
-    before, spent = counters(server), processor_seconds(server.pid)
+    before, begin, spent = counters(server), cpu_times(), processor_seconds(server.pid)
     found: Round = workload.drive(server.url, model, seed, log)
     server.check_alive()
-    after, spent = counters(server), processor_seconds(server.pid) - spent
+    spent = processor_seconds(server.pid) - spent
+    foreign, after = foreign_share(begin, cpu_times()), counters(server)
     counts = found.counts()
     figures = found.figures(goal)
     figures["cpu_ms_per_token"] = 1e3 * spent / max(counts["answer_tokens"], 1)
     for name, value in after.items():
         figures[name] = value - before.get(name, 0.0)
-    return {"counts": counts, "figures": figures, "errors": found.errors[:3]}
+    return {
+        "counts": counts,
+        "figures": figures,
+        "errors": found.errors[:3],
+        "foreign_share": foreign,
+    }
