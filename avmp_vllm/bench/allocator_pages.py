@@ -84,8 +84,16 @@ class _Traffic:
         manager.new_step_starts()
         if manager.allocate_slots(request, self.tokens) is None:
             raise RuntimeError("the benchmark's arena is too small for its requests")
-        manager.take_new_block_ids()
+        self.end_step()
         request.num_computed_tokens = self.tokens
+
+    def end_step(self) -> None:
+        """Drain what a scheduler hands to the workers, and let go of what was copied."""
+        manager = self.side.manager
+        manager.take_new_block_ids()
+        _, retained = manager.take_kv_cache_block_copies()
+        manager.block_pool.free_blocks(retained)
+        manager.take_boundary_state_offloads()
 
     def whole(self, requests: list[Any]) -> None:
         """Allocate and free."""
@@ -117,7 +125,7 @@ class _Traffic:
                 if manager.allocate_slots(request, 1) is None:
                     raise RuntimeError("the benchmark's arena is too small for its requests")
                 request.num_computed_tokens += 1
-            manager.take_new_block_ids()
+            self.end_step()
 
     def stop(self) -> None:
         """Free what runs."""

@@ -161,6 +161,19 @@ class Arena:
             self._note_peak(ssm)
         return handles
 
+    def reserve(self, pages: int, blocks: int) -> None:
+        """Bring so many free pages into both bands at once.
+
+        For a caller that allocates the two kinds one after the other: without it the first could
+        take capacity that the second has to bring back.
+
+        Raises:
+            AllocationFailure: Referenced bytes and the request exceed the arena. Nothing changed.
+        """
+        kv, ssm = self._bands
+        if kv.free < pages or ssm.free < blocks:
+            self._make_room(pages, blocks)
+
     def note_failure(self, pages: int, blocks: int) -> None:
         """Count a request that does not fit, for a caller that asks `fits` before it allocates."""
         short = Kind.KV if self._bands[Kind.KV].free < pages else Kind.SSM

@@ -26,7 +26,7 @@ from avmp_vllm.core.handles import ID_MASK, Kind
 from avmp_vllm.core.plan import Relocation
 
 #: A chunk spans about so many bytes, and so many pages at most.
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 24
 CHUNK_PAGES = 64
 
 
@@ -157,9 +157,9 @@ class Band:
         """Add positions at the inner end; the caller knows that their bytes are in the gap."""
         first, last = self.capacity + 1, self.capacity + count
         if last >= len(self._position_of):
-            fresh = range(len(self._position_of), last + 1)
-            self._position_of.extend(fresh)
-            self._handle_at.extend(number | self.kind.tag for number in fresh)
+            tag, known = self.kind.tag, len(self._position_of)
+            self._position_of.extend(range(known, last + 1))
+            self._handle_at.extend(range(known + tag, last + 1 + tag))
         start = first
         while start <= last:
             number = (start - 1) >> self._shift
@@ -201,18 +201,26 @@ class Band:
             leaving.update(gone)
         self.free -= len(leaving)
         # The innermost mapped page goes first; each takes the outermost hole.
-        relocations = [
-            self._relocate(position)
+        mapped = [
+            position
             for position in range(self.capacity, keep, -1)
             if self._handle_at[position] not in leaving
         ]
         self.capacity = keep
-        return relocations
+        return list(map(self._swap, mapped, self._take_outermost(len(mapped))))
 
-    def _relocate(self, position: int) -> Relocation:
-        """Swap the page at a position with the outermost free one."""
+    def _take_outermost(self, count: int) -> list[int]:
+        """Like `take`, by the page and not by the chunk: a page that moves shall rest."""
+        taken: list[int] = []
+        while len(taken) < count:
+            chunk = self._chunks[self._nonempty[0]]
+            chunk.sort(key=self.position, reverse=True)
+            taken += self.take(min(count - len(taken), max(len(chunk), 1)))
+        return taken
+
+    def _swap(self, position: int, displaced: int) -> Relocation:
+        """Exchange the mapped page at a position with a free one."""
         handle = self._handle_at[position]
-        (displaced,) = self.take(1)
         target = self._position_of[displaced & ID_MASK]
         self._position_of[handle & ID_MASK] = target
         self._position_of[displaced & ID_MASK] = position

@@ -9,7 +9,6 @@ a large arena costs nothing until it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm." + __name__)
-
-_REF_CNT = attrgetter("ref_cnt")
 
 
 class AVMPBlockPool(BlockPool):
@@ -75,8 +72,8 @@ class AVMPBlockPool(BlockPool):
         except IndexError:
             self._make_blocks()
             new = list(map(self.blocks.__getitem__, numbers))
-        assert not any(map(_REF_CNT, new))
         for block in new:
+            assert not block.ref_cnt
             block.ref_cnt = 1
         if self.metrics_collector:
             for block in new:

@@ -75,6 +75,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
             for kind in Kind
         }
         self.block_pool = self.pools[Kind.KV]
+        #: New pages and blocks of the allocation that vLLM has just found to fit.
+        self._next = (0, 0)
         self.kinds = [kind_of_spec(g.kv_cache_spec) for g in kv_cache_config.kv_cache_groups]
         for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
             manager.block_pool = self.pools[kind]
@@ -125,7 +127,25 @@ class DualPoolCoordinator(KVCacheCoordinator):
             return NOT_NOW
         geometry = arena.geometry
         in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
+        if not apply_admission_cap:
+            # What is cached is referenced before anything is allocated, and needs no free page.
+            for manager, kind, computed in zip(
+                self.single_type_managers, self.kinds, new_computed_blocks, strict=True
+            ):
+                need[kind] -= manager._get_num_evictable_blocks(computed)
+            self._next = need[Kind.KV], need[Kind.SSM]
         return min(in_pages, arena.available(Kind.KV))
+
+    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
+        """Allocate what was just asked for, making room for both pools at once.
+
+        vLLM's managers allocate one after the other. Alone, the first would take capacity that the
+        second then has to bring back.
+        """
+        (pages, blocks), self._next = self._next, (0, 0)
+        if self.arena.fits(pages, blocks):
+            self.arena.reserve(pages, blocks)
+        return super().allocate_new_blocks(*args, **kwargs)
 
 
 class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):

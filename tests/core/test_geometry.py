@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from avmp_vllm.core import AllocationFailure, Arena, ArenaTooSmall, Geometry, KVLayer, SSMLayer
@@ -83,6 +83,7 @@ def test_the_longest_length_named_never_is_negative() -> None:
 UNITS = st.integers(1, 5_000)
 
 
+@settings(deadline=None)
 @given(page=UNITS, block=UNITS, extra=st.integers(0, 200_000))
 def test_limits_are_what_fits(page: int, block: int, extra: int) -> None:
     try:
@@ -100,6 +101,7 @@ def test_limits_are_what_fits(page: int, block: int, extra: int) -> None:
     assert geometry.null_blocks + geometry.block_limit <= geometry.blocks
 
 
+@settings(deadline=None)
 @given(
     page=st.integers(1, 300),
     block=st.integers(1, 3_000),

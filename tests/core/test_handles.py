@@ -90,3 +90,30 @@ def test_what_moved_is_counted_in_pages_and_bytes() -> None:
     places = {arena.physical(handle) for handle in pages[80:]}
     assert len(places) == 10
     assert places <= set(range(80, 100))
+
+
+def test_a_migration_moves_at_least_the_batch() -> None:
+    """So that a busy boundary does not flap: the next blocks find room without a migration."""
+    geometry = Geometry(100 * 100, 100, 1_000)
+    for batch, moved in ((1, 1_000), (35, 3_500), (10**9, 9_000)):
+        arena = Arena(geometry, migration_batch=batch)
+        arena.release(arena.allocate(pages=geometry.page_limit))
+        arena.allocate(blocks=1)
+        assert arena.statistics.migrated_bytes[Kind.SSM] == moved
+        assert arena.capacity(Kind.SSM) == moved // 1_000
+
+
+def test_room_for_both_kinds_is_made_at_once() -> None:
+    """Two allocations after one `reserve` bring nothing back that the first took."""
+    geometry = Geometry(100 * 100, 100, 1_000)
+    arena = Arena(geometry, migration_batch=10**9)
+    arena.release(arena.allocate(blocks=geometry.block_limit))
+    arena.reserve(40, 3)
+    before = dict(arena.statistics.migrations)
+    assert sum(before.values()) == 1
+    arena.allocate(pages=40)
+    arena.allocate(blocks=3)
+    assert arena.statistics.migrations == before
+    with pytest.raises(AllocationFailure):
+        arena.reserve(50, 3)
+    arena.verify()
