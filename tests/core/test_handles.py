@@ -44,6 +44,8 @@ def test_outer_places_go_first() -> None:
     handles = arena.allocate(pages=4, blocks=3)
     places = [arena.physical(handle) for handle in handles]
     assert places == [199, 198, 197, 196, 1, 2, 3]
+    assert arena.physical(arena.allocate(pages=1)[0]) == 195
+    assert arena.physical(arena.allocate(blocks=1)[0]) == 4
 
 
 def test_a_batch_below_one_is_refused() -> None:
