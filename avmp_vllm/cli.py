@@ -22,6 +22,7 @@ class Command(NamedTuple):
 
 
 COMMANDS: dict[str, Command] = {
+    "plan": Command("avmp_vllm.planner.command", "what fits: stock vLLM, a static split, AVMP"),
     "tiny-jamba": Command("avmp_vllm.models.tiny_jamba", "write a tiny Jamba checkpoint"),
     "demo": Command("avmp_vllm.demo.run", "serve, replay conversations, compare with stock vLLM"),
     "plot": Command("avmp_vllm.plots.command", "draw a result file of `avmp bench`"),
@@ -31,6 +32,9 @@ BENCHMARKS: dict[str, Command] = {
     "paper": Command("avmp_vllm.bench.paper.command", "the paper's grid, reproduced and corrected"),
     "allocator": Command(
         "avmp_vllm.bench.allocator", "pages, requests, migration and size against vLLM's own pools"
+    ),
+    "scheduler": Command(
+        "avmp_vllm.bench.scheduler.command", "vLLM's real scheduler on real traces, no model"
     ),
     "serve": Command("avmp_vllm.bench.serve.command", "AVMP and stock vLLM in turn, over HTTP"),
     "bands": Command("avmp_vllm.bench.bands", "record a live engine's bands, for `avmp plot`"),

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
-from avmp_vllm.core import Geometry, Kind
+from avmp_vllm.core import Kind
+from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.layout import AVMPCacheConfig, group_of
@@ -25,43 +26,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 logger = init_logger("vllm." + __name__)
-
-
-@dataclass(frozen=True)
-class StockPlan:
-    """What stock vLLM makes of the same layers and bytes.
-
-    Attributes:
-        block_tokens: Tokens of its inflated attention block.
-        blocks: Usable blocks of its one pool.
-        kv_groups: Block tables of attention layers.
-        ssm_groups: Block tables of SSM layers.
-        states: Blocks that a request holds in each SSM group.
-    """
-
-    block_tokens: int
-    blocks: int
-    kv_groups: int
-    ssm_groups: int
-    states: int
-
-    def sequences(self, tokens: int) -> int:
-        """Sequences of so many tokens that fit together."""
-        each = self.kv_groups * ceil_div(tokens, self.block_tokens) + self.ssm_groups * self.states
-        return self.blocks // each
-
-
-def stock_block_tokens(page_tokens: int, page_bytes: int, state_bytes: int, unit: int) -> int:
-    """The attention block that stock vLLM inflates until its page covers one layer's state.
-
-    Args:
-        page_tokens: Tokens of one layer's KV page of ``page_bytes``.
-        page_bytes: Bytes of that page.
-        state_bytes: Bytes of one layer's state.
-        unit: Tokens that the block must be a multiple of: vLLM's default block, or the user's.
-    """
-    token_bytes = page_bytes // page_tokens
-    return unit * ceil_div(state_bytes, unit * token_bytes)
 
 
 def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> StockPlan:
@@ -111,12 +75,6 @@ def states_per_sequence(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfi
     """Blocks that vLLM reckons a running request holds: one, or two with prefix caching."""
     spec = group_of(kv_cache_config, Kind.SSM).kv_cache_spec
     return ceil_div(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
-
-
-def binding_pool(geometry: Geometry, tokens: int, states: int) -> Kind:
-    """The kind of page that takes the larger part of a sequence's bytes."""
-    pages = geometry.pages_for(tokens) * geometry.page_bytes
-    return Kind.KV if pages > states * geometry.block_bytes else Kind.SSM
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[str]:

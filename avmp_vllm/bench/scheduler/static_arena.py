@@ -1,0 +1,49 @@
+"""Two pools with a split that is fixed at the start: the rival of a moving boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind
+from avmp_vllm.core.capacity import StaticSplit
+
+
+class StaticArena(Arena):
+    """An arena whose bands take everything at once and never move.
+
+    Page sizes, placement and prefix cache are AVMP's, so that the split is the one difference.
+
+    Args:
+        geometry: Sizes in bytes.
+        ratio: State bytes to KV bytes.
+        on_evict: As in ``Arena``.
+    """
+
+    def __init__(
+        self, geometry: Geometry, ratio: float, on_evict: Callable[[int], None] | None = None
+    ) -> None:
+        super().__init__(geometry, on_evict=on_evict)
+        split = StaticSplit(geometry, ratio)
+        self._bands[Kind.SSM].grow(split.blocks)
+        self._bands[Kind.KV].grow(split.pages)
+
+    def fits(self, pages: int, blocks: int) -> bool:
+        """Whether each pool can serve its part by itself."""
+        return pages <= self.available(Kind.KV) and blocks <= self.available(Kind.SSM)
+
+    def available(self, kind: Kind) -> int:
+        """Free and evictable pages of a pool."""
+        return self.free(kind) + self.cached(kind)
+
+    def _make_room(self, pages: int, blocks: int) -> None:
+        """Evict from the pool that is short, and from no other."""
+        if not self.fits(pages, blocks):
+            self.note_failure(pages, blocks)
+            raise AllocationFailure(f"{pages} KV page(s) and {blocks} SSM block(s) do not fit")
+        for kind, wanted in ((Kind.KV, pages), (Kind.SSM, blocks)):
+            while self.free(kind) < wanted:
+                handle, _ = self._cached[kind].popitem(last=False)
+                if self._on_evict is not None:
+                    self._on_evict(handle)
+                self.statistics.evictions[kind] += 1
+                self._bands[kind].give([handle])
