@@ -162,7 +162,8 @@ class Server:
             OSError: The server cannot be reached or answers with an error.
         """
         with _DIRECT.open(self.url + path, timeout=timeout_s) as response:
-            return response.read().decode()
+            body: bytes = response.read()
+        return body.decode()
 
     def metrics(self) -> Metrics:
         """Read ``/metrics``."""
