@@ -137,7 +137,8 @@ def _play(llm: LLM, phases: Sequence[Phase], recorder: Recorder, scheduler: Any)
 
     engine = llm.llm_engine
     tokenizer = llm.get_tokenizer()
-    begins, preemptions = [], 0
+    begins: list[int] = []
+    preempted: dict[str, int] = {}  # request -> how often so far
     bar = tqdm(total=sum(len(list(phase.requests)) for phase in phases), disable=None)
     for number, phase in enumerate(phases):
         begins.append(len(recorder.rows))
@@ -166,12 +167,9 @@ def _play(llm: LLM, phases: Sequence[Phase], recorder: Recorder, scheduler: Any)
                     chat = running.pop(output.request_id)
                     if chat:
                         add(chat)
-            preemptions = sum(
-                metric.value
-                for metric in llm.get_metrics()
-                if metric.name == "vllm:num_preemptions"
-            )
-            recorder.record(len(scheduler.waiting), preemptions)
+            for request in scheduler.requests.values():
+                preempted[request.request_id] = request.num_preemptions
+            recorder.record(len(scheduler.waiting), sum(preempted.values()))
     bar.close()
     return begins
 

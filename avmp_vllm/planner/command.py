@@ -6,6 +6,7 @@ import argparse
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -156,6 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-prefix-caching", action="store_true", help="one state a sequence, not two"
     )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="result file, for `avmp plot`")
     parser.add_argument("--parameters", type=float, help="with --gpu: parameters, such as 3e9")
     parser.add_argument("--weight-dtype", default="auto", help="with --gpu: such as fp8")
     parser.add_argument("--reserve", type=parse_bytes, default=RESERVE, help="with --gpu (1GiB)")
@@ -221,6 +223,32 @@ def _print_capacity(console: Console, plan: Plan, lengths: list[int]) -> None:
     console.print(table)
 
 
+def _write(path: Path, shape: ModelShape, plan: Plan, lengths: list[int]) -> None:
+    """Write what fits as a result file."""
+    from avmp_vllm.bench import results
+
+    content = {
+        "format": results.FORMAT,
+        "benchmark": "plan",
+        "environment": results.environment(None, ()),
+        "parameters": {
+            "model": shape.name,
+            "arena_bytes": plan.geometry.arena_bytes,
+            "states": plan.states,
+            "static_ratio": plan.static.ratio,
+        },
+        "counts": {
+            "tokens": lengths,
+            "sequences": [plan.sequences(tokens) for tokens in lengths],
+            "page_tokens": plan.geometry.page_tokens,
+            "stock_block_tokens": plan.stock.block_tokens,
+        },
+        "timings": {},
+    }
+    results.write(path, content)
+    print(f"Written: {path}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
     try:
@@ -267,4 +295,6 @@ def run(args: argparse.Namespace) -> int:
         console.print(
             "AVMP's engine does not serve latent (MLA) caches yet; the plan is arithmetic"
         )
+    if args.output:
+        _write(args.output, shape, plan, args.lengths)
     return 0

@@ -43,21 +43,28 @@ def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
     return {"bands": made}
 
 
+def changes(*series: np.ndarray) -> np.ndarray:
+    """Indices at which any series changes, with both ends; the others need not be drawn."""
+    differ = np.any([np.diff(one) != 0 for one in series], axis=0)
+    return np.flatnonzero(np.concatenate([[True], differ[:-1], [True]]))
+
+
 def _bands(axes: Axes, geometry: Mapping[str, int], column: Mapping[str, np.ndarray]) -> None:
     steps = np.arange(len(column["kv_used"]))
     page, block = geometry["page_bytes"] / MIB, geometry["block_bytes"] / MIB
     null, top = geometry["null_bytes"] / MIB, geometry["arena_bytes"] / MIB
 
     def layer(low: np.ndarray, high: np.ndarray, **look: Any) -> None:
-        axes.fill_between(steps, low, high, step="post", linewidth=0, **look)
+        kept = changes(low, high)
+        axes.fill_between(steps[kept], low[kept], high[kept], step="post", linewidth=0, **look)
 
     base = np.full(len(steps), null)
     layer(np.zeros(len(steps)), base, facecolor=NULL)
     # SSM from the low end up, KV from the high end down; in a band by use, not by place.
     bottom = base
     for name, look in (
-        ("ssm_used", {"facecolor": style.ORANGE, "hatch": "///", "edgecolor": "white"}),
-        ("ssm_cached", {"facecolor": "#f7dfae", "hatch": "///", "edgecolor": "white"}),
+        ("ssm_used", {"facecolor": style.ORANGE, "hatch": "//", "edgecolor": "white"}),
+        ("ssm_cached", {"facecolor": "#f7dfae", "hatch": "//", "edgecolor": "white"}),
     ):
         layer(bottom, bottom + column[name] * block, **look)
         bottom = bottom + column[name] * block
@@ -73,7 +80,8 @@ def _bands(axes: Axes, geometry: Mapping[str, int], column: Mapping[str, np.ndar
     kv_end = top - column["kv_capacity"] * page
     layer(kv_end, ceiling, facecolor=style.PALE)
     for edge in (ssm_end, kv_end):
-        axes.step(steps, edge, where="post", color=style.BLACK, linewidth=0.9)
+        kept = changes(edge)
+        axes.step(steps[kept], edge[kept], where="post", color=style.BLACK, linewidth=0.9)
     axes.set_ylim(0, top)
     axes.set_ylabel("MiB of the arena")
     axes.legend(
@@ -82,8 +90,8 @@ def _bands(axes: Axes, geometry: Mapping[str, int], column: Mapping[str, np.ndar
             Patch(facecolor="#a9cbe6", label="KV, evictable"),
             Patch(facecolor=style.PALE, edgecolor="#cccccc", label="free in its band"),
             Patch(facecolor="white", edgecolor=style.GREY, label="gap"),
-            Patch(facecolor="#f7dfae", hatch="///", edgecolor="white", label="SSM, evictable"),
-            Patch(facecolor=style.ORANGE, hatch="///", edgecolor="white", label="SSM, referenced"),
+            Patch(facecolor="#f7dfae", hatch="//", edgecolor="white", label="SSM, evictable"),
+            Patch(facecolor=style.ORANGE, hatch="//", edgecolor="white", label="SSM, referenced"),
             Patch(facecolor=NULL, label="null"),
             Line2D([], [], color=style.BLACK, linewidth=0.9, label="end of a band"),
         ],

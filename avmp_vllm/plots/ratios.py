@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from avmp_vllm.bench.serve.report import ROWS, TITLES
+from avmp_vllm.bench.statistics import SEED, ratio_of_means
 from avmp_vllm.plots import style
 
 #: Ticks of the logarithmic axis; those within its range are used.
 TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
+
+
+#: Those of a wide range.
+COARSE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
 
 
 class Ratio(NamedTuple):
@@ -73,10 +80,10 @@ def panels(groups: Mapping[str, Sequence[Ratio]], title: str) -> Figure:
             )
         one.axvline(1, color=style.BLACK, linewidth=0.8)
         one.set_xscale("log")
-        one.set_xlim(low, high * 1.12)
+        one.set_xlim(low, high * (high / low) ** 0.12)  # room for the last number
         inside = [tick for tick in TICKS if low <= tick <= high]
-        if high / low > 3:
-            inside = [tick for tick in inside if tick not in (0.7, 0.9, 0.95, 1.05, 1.1, 1.2, 0.8)]
+        if high / low > 2:
+            inside = [tick for tick in inside if tick in COARSE]
         one.xaxis.set_major_locator(FixedLocator(inside))
         one.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         one.xaxis.set_minor_locator(NullLocator())
@@ -115,5 +122,31 @@ def draw_serve(result: Mapping[str, Any]) -> dict[str, Figure]:
             if row.key in scenario["ratios"]
         ]
     rounds = result["parameters"]["rounds"]
-    title = f"AVMP / stock vLLM over HTTP, same cache bytes; 95% intervals over {rounds} pairs"
+    title = f"AVMP / stock over HTTP, same cache bytes; 95% intervals, {rounds} pairs"
     return {"serve": panels(groups, title)}
+
+
+def draw_scheduler(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """``scheduler``: a panel for every variant that is compared with stock."""
+    from avmp_vllm.bench.scheduler import command
+
+    counts, timings = result["counts"], result["timings"]
+    groups: dict[str, list[Ratio]] = {}
+    for variant in counts:
+        if variant in ("stock", "left_out"):
+            continue
+        for key, more in command.RATIOS.items():
+            ours, theirs = (
+                command._values(counts, timings, name, key) for name in (variant, "stock")
+            )
+            if all(theirs):
+                found = ratio_of_means(ours, theirs, np.random.default_rng(SEED))
+                name = label(key.replace("_", " "), more)
+                groups.setdefault(f"{variant} / stock", []).append(Ratio(name, *found, more))
+    parameters = result["parameters"]
+    shape = result.get("shape", {}).get("name", Path(parameters["model"]).name)
+    title = (
+        f"{shape}, {Path(parameters['trace']).name}; vLLM's scheduler without a model; 95% "
+        f"intervals over {parameters['seeds']} seeds"
+    )
+    return {"scheduler": panels(groups, title)}

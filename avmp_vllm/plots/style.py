@@ -22,7 +22,7 @@ GREY, PALE = "#999999", "#f0f0f0"
 #: In the order in which series of equal rank take them.
 CYCLE = (BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY, BLACK, GREY)
 MARKERS = "osD^vPX*"
-HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "--", "oo")
+HATCHES = ("", "//", "\\\\", "x", "-", "+", ".", "o")
 
 _RC = {
     "svg.hashsalt": "avmp",
