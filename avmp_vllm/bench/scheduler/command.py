@@ -102,8 +102,8 @@ def _validate(parameters: dict[str, Any]) -> tuple[str, ...]:
         "static_ratio",
         "max_model_len",
         "max_num_seqs",
+        "max_num_batched_tokens",
     ]
-    positive.append("max_num_batched_tokens")
     for name in positive:
         if not parameters[name] > 0:
             option = name.replace("_", "-")

@@ -1,0 +1,134 @@
+"""`avmp bench scheduler`: vLLM's scheduler under each manager, short of memory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.scheduler.traces import Segment, read_trace
+from avmp_vllm.cli import main
+
+MODEL = str(Path(__file__).parents[2] / "configs" / "models" / "jamba-reasoning-3b.json")
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory) -> Path:
+    """Forty requests at once, half of which share a prefix of 1,024 tokens."""
+    path = tmp_path_factory.mktemp("trace") / "requests.jsonl"
+    lines = []
+    for index in range(40):
+        prompt = 1200 + 37 * index % 400
+        hashes = [0, 1] if index % 2 else [100 + index, 200 + index]
+        hashes = [*hashes, *(1000 + 10 * index + i for i in range(-(-prompt // 512) - 2))]
+        row = {"timestamp": 0, "input_length": prompt, "output_length": 30 + index}
+        lines.append(json.dumps(row | {"hash_ids": hashes}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(trace, tmp_path_factory):
+    """One run of all variants; the arenas are verified at its end."""
+    path = tmp_path_factory.mktemp("result") / "result.json"
+    arguments = ["--trace", str(trace), "--model", MODEL, "--memory", "128MiB", "--scale", "10"]
+    arguments += ["--max-model-len", "2048", "--requests", "40", "--seeds", "1"]
+    assert main(["bench", "scheduler", *arguments, "--output", str(path)]) == 0
+    return path
+
+
+def test_every_request_finishes_with_the_same_tokens(result):
+    counts = json.loads(result.read_text())["counts"]
+    total = sum(30 + index for index in range(40))
+    for variant in ("stock", "static", "avmp"):
+        (run,) = counts[variant]
+        assert run["finished"] == 40, variant
+        assert run["output_tokens"] == total, variant
+        assert run["ttft"] == sorted(run["ttft"])
+        assert run["concurrency_peak"] >= run["concurrency_mean"] > 0
+        assert run["bytes_over_time"]
+        for _, live, wasted, evictable in run["bytes_over_time"]:
+            assert live >= 0
+            assert wasted >= 0
+            assert evictable >= 0
+            assert live + wasted + evictable <= 128 << 20
+
+
+def test_memory_binds_and_prefixes_hit(result):
+    counts = json.loads(result.read_text())["counts"]
+    assert counts["avmp"][0]["hit_tokens"] > 0
+    assert counts["avmp"][0]["concurrency_peak"] < 40
+    assert counts["static"][0]["concurrency_peak"] <= counts["avmp"][0]["concurrency_peak"]
+
+
+def test_a_second_run_has_equal_counts(result, capsys):
+    assert main(["bench", "scheduler", "--check", str(result)]) == 0
+    assert "every count is equal" in capsys.readouterr().out
+
+
+def test_check_notices_a_difference(result, tmp_path, capsys):
+    changed = json.loads(result.read_text())
+    changed["counts"]["avmp"][0]["steps"] += 1
+    path = tmp_path / "changed.json"
+    path.write_text(json.dumps(changed))
+    assert main(["bench", "scheduler", "--check", str(path)]) == 1
+    assert "avmp" in capsys.readouterr().out
+
+
+def test_the_arenas_hold_their_invariants_at_every_step(trace, capsys):
+    arguments = ["--trace", str(trace), "--model", MODEL, "--memory", "80MiB", "--seeds", "1"]
+    arguments += ["--max-model-len", "2048", "--requests", "8", "--verify"]
+    assert main(["bench", "scheduler", *arguments, "--variants", "static,avmp"]) == 0
+    assert "avmp" in capsys.readouterr().out
+
+
+HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
+GOOD = '{"timestamp": 0, "input_length": 5, "output_length": 2, "hash_ids": [1]}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("t.csv", "arrived_at,num_prefill_tokens\n0,1\n", r"t\.csv:1: .*num_decode_tokens"),
+        ("t.csv", HEADER + "0,5,5\n1,-4,5\n", r"t\.csv:3: num_prefill_tokens = '-4'"),
+        ("t.csv", HEADER + "nan,5,5\n", r"t\.csv:2: arrived_at = 'nan'"),
+        ("t.csv", HEADER, "holds no request"),
+        ("t.jsonl", GOOD + "{oops\n", r"t\.jsonl:2: is not JSON"),
+        ("t.jsonl", GOOD + '{"timestamp": 0}\n', r"t\.jsonl:2: lacks input_length"),
+        ("t.jsonl", GOOD.replace("[1]", "[1, 2]"), r"t\.jsonl:1: hash_ids must be a list of 1"),
+        ("t.json", "[\n{]", r"t\.json:2: is not JSON"),
+        ("t.json", '[{"id": 1}]', "conversation 0 lacks 'conversations'"),
+        ("t.txt", "", "a trace ends in"),
+    ],
+)
+def test_malformed_traces_name_file_and_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_trace(path)
+
+
+def test_an_unreadable_trace_is_one_line(tmp_path, capsys):
+    path = tmp_path / "missing.csv"
+    assert main(["bench", "scheduler", "--model", MODEL, "--trace", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "missing.csv: cannot be read" in error
+    assert error.count("\n") == 1
+
+
+def test_equal_segments_are_equal_tokens():
+    assert Segment("a", 9).token_ids() == Segment("a", 9).token_ids()
+    assert Segment("a", 9).token_ids() != Segment("b", 9).token_ids()
+
+
+def test_conversation_turns_share_their_history(tmp_path):
+    path = tmp_path / "t.json"
+    turns = [("human", "a" * 40), ("gpt", "b" * 80), ("human", "c" * 20), ("gpt", "d")]
+    rows = [{"id": "x", "conversations": [{"from": f, "value": v} for f, v in turns]}]
+    path.write_text(json.dumps(rows))
+    first, second = read_trace(path).draw(0, 10, 1.0, 1.0, 30.0)
+    assert (first.prompt_tokens, first.output.tokens) == (10, 20)
+    assert second.prompt[:2] == (*first.prompt, first.output)
+    assert second.arrival - first.arrival == 30.0

@@ -1,0 +1,114 @@
+"""`avmp plan` against live engines: AVMP's start-up log and stock vLLM's own figures."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from enginelib import engine, scheduler_of
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from avmp_vllm.cli import main
+from avmp_vllm.models.shapes import read_shape
+from avmp_vllm.planner.command import make_plan, parse_bytes, parse_lengths
+
+MEMORY = 24 << 20
+
+
+def _plan(model: str, caching: bool):
+    # vLLM's CPU backend: pages of 32 tokens, stock's block a multiple of 128.
+    return make_plan(
+        read_shape(model),
+        MEMORY,
+        page_tokens=32,
+        stock_unit=128,
+        prefix_caching=caching,
+        max_model_len=512,
+    )
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_plan_is_what_stock_vllm_says(tiny_jamba, caplog_vllm, caching):
+    plan = _plan(tiny_jamba, caching)
+    with engine(tiny_jamba, kv_cache_memory_bytes=MEMORY, enable_prefix_caching=caching) as llm:
+        scheduler = scheduler_of(llm)
+        cache = scheduler.vllm_config.cache_config
+        assert cache.num_gpu_blocks == plan.stock.blocks + 1
+        assert cache.kv_cache_size_tokens == plan.stock.logged_tokens(512)
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        assert len(groups) == plan.stock.kv_groups + plan.stock.ssm_groups
+        attention = [g for g in groups if isinstance(g.kv_cache_spec, FullAttentionSpec)]
+        blocks = {g.kv_cache_spec.block_size for g in attention}
+        assert blocks == {plan.stock.block_tokens}
+    logged = re.findall(r"KV cache size: ([\d,]+) tokens", caplog_vllm.text)
+    # vLLM logs the line once in a process for each text.
+    assert not logged or int(logged[-1].replace(",", "")) == plan.stock.logged_tokens(512)
+
+
+@pytest.mark.parametrize("caching", [False, True])
+def test_plan_is_what_avmp_logs(tiny_jamba, caplog_vllm, caching):
+    plan = _plan(tiny_jamba, caching)
+    with engine(
+        tiny_jamba, avmp={}, kv_cache_memory_bytes=MEMORY, enable_prefix_caching=caching
+    ) as llm:
+        assert scheduler_of(llm).kv_cache_manager.geometry == plan.geometry
+    text = caplog_vllm.text
+    assert f"KV page    {plan.geometry.page_bytes:>12,} bytes" in text
+    assert f"SSM block  {plan.geometry.block_bytes:>12,} bytes" in text
+    assert f"stock vLLM: block of {plan.stock.block_tokens} tokens, {plan.stock.blocks:,}" in text
+    rows = re.findall(r"([\d,]+)\s+([\d,]+)\s+([\d,]+)\s+([\d,]+)\s+(KV|SSM)$", text, re.M)
+    rows = set(rows)  # a record may reach the handler twice
+    assert len(rows) == 2
+    for row in rows:
+        tokens, avmp, together, stock = (int(cell.replace(",", "")) for cell in row[:4])
+        fit = plan.sequences(tokens)
+        assert (fit["AVMP"], fit["AVMP"] * tokens, fit["stock"]) == (avmp, together, stock)
+        assert fit["limit"] >= fit["AVMP"] > 0
+        assert fit["limit"] >= fit["static"] > 0
+
+
+def test_limit_bounds_every_variant(tiny_jamba):
+    plan = _plan(tiny_jamba, True)
+    for tokens in (1, 33, 200, 512, 5000):
+        fit = plan.sequences(tokens)
+        assert fit["limit"] == max(fit.values())
+
+
+def test_command(tiny_jamba, capsys):
+    assert main(["plan", tiny_jamba, "--memory", "24MiB", "--lengths", "64,1k"]) == 0
+    printed = capsys.readouterr().out
+    plan = make_plan(read_shape(tiny_jamba), MEMORY)
+    for tokens in (64, 1024):
+        for count in plan.sequences(tokens).values():
+            assert f"{count:,} / {count * tokens:,}" in printed
+    assert f"KV cache size: {plan.stock.logged_tokens(8192):,} tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --memory or --gpu"),
+        (["--gpu", "rtx0"], "--gpu rtx0: unknown card; known: rtx3060"),
+        (["--gpu", "rtx3060"], "number of parameters: give --parameters"),
+        (["--gpu", "rtx3060", "--parameters", "9e9"], "nothing is left for the cache"),
+        (["--memory", "100"], "holds no page of each kind"),
+        (["--memory", "1GiB", "--kv-dtype", "fp7"], "unknown dtype 'fp7'"),
+    ],
+)
+def test_errors_are_one_line(tiny_jamba, capsys, arguments, message):
+    assert main(["plan", tiny_jamba, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_card_subtracts_weights_and_reserve(tiny_jamba, capsys):
+    assert main(["plan", tiny_jamba, "--gpu", "rtx3060", "--parameters", "1e9"]) == 0
+    left = int(12 * 2**30 * 0.92) - 4_000_000_000 - 2**30
+    assert f"{left:,} bytes for the cache" in capsys.readouterr().out
+
+
+def test_sizes_and_lengths():
+    assert parse_bytes("5GiB") == 5 << 30
+    assert parse_bytes("1.5 MB") == 1_500_000
+    assert parse_lengths("64,1k") == [64, 1024]
