@@ -1,4 +1,4 @@
-"""``avmp plot``: every picture from a small result, the same bytes twice, one error for bad ones."""
+"""``avmp plot``: each picture from a small result, the same bytes twice, one error for bad ones."""
 
 from __future__ import annotations
 
