@@ -122,7 +122,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
         pages, blocks = need[Kind.KV], need[Kind.SSM]
         arena = self.arena
         if not arena.fits(pages, blocks):
-            if not apply_admission_cap:
+            # More states than can exist is how a manager says "in the next step": no failure.
+            if not apply_admission_cap and blocks <= arena.geometry.block_limit:
                 arena.note_failure(pages, blocks)
             return NOT_NOW
         geometry = arena.geometry
