@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -32,6 +32,9 @@ class AVMPConfig(BaseModel):
             512 from above, or vLLM's ``--mamba-block-size`` if that is given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
+        kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
+            vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
+            them; Model Runner V2 only). ``auto`` is ``resolved``.
         verify: Check every invariant at every step (slow). ``AVMP_VERIFY=1`` does the same.
     """
 
@@ -40,6 +43,7 @@ class AVMPConfig(BaseModel):
     page_tokens: int | None = Field(default=None, ge=1)
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
+    kernels: Literal["auto", "resolved", "handles"] = "auto"
     verify: bool = False
 
     @classmethod

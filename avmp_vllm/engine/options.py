@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from avmp_vllm.engine.config import ConfigError
+from avmp_vllm.engine.config import ConfigError, selected
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -125,6 +125,12 @@ def refuse(vllm_config: VllmConfig) -> None:
                 f"{refusal.option} = {value} does not work with --block-manager avmp: "
                 f"{refusal.why}. Remove it, or use --block-manager default."
             )
+    config = selected(vllm_config.additional_config)
+    if config is not None and config.kernels == "handles" and not vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            "kernels = 'handles' needs Model Runner V2, which runs on CUDA: set kernels to "
+            "'resolved', or unset VLLM_USE_V2_MODEL_RUNNER if it is 0"
+        )
     model = vllm_config.model_config
     if model.is_attention_free:
         raise ConfigError(

@@ -129,6 +129,14 @@ RUNNER_V2 = (
         "CUDA graphs are profiled on a cache of two page sizes",
         "cache groups and tensors planned by the block manager",
     ),
+    Seam(
+        "vllm.platforms.cpu",
+        "CpuPlatform.get_attn_backend_cls",
+        "avmp_vllm.engine.handle_kernels:get_attn_backend_cls",
+        ("cls", "selected_backend", "attn_selector_config"),
+        "vLLM on CPU ignores a registered attention backend; kernels: handles is tested there",
+        "registered backends on every platform",
+    ),
 )
 
 

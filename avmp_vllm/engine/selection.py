@@ -75,6 +75,10 @@ def _create(
     # Child processes install the engine seams when they load their plugins.
     os.environ[SELECTED] = "avmp"
     seams.install(seams.ENGINE)
+    if config.kernels == "handles":
+        from avmp_vllm.engine import handle_kernels
+
+        handle_kernels.select_backend(engine_args)
     vllm_config = stock(engine_args, *args, **kwargs)
     if engine_args.async_scheduling and engine_args.speculative_config is None:
         # The CPU platform turns asynchronous scheduling off because it gains nothing there;

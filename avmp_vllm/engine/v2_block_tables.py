@@ -1,34 +1,44 @@
-"""Handles to physical indices in Model Runner V2.
+"""Handles to what kernels read, in Model Runner V2.
 
 What the scheduler sends is staged into private tables of handles. Once a step, one kernel gathers
-the batch's rows and computes its slot mapping, as vLLM does in two launches, and resolves the
-handles on the way. The tables that vLLM's kernels and captured graphs read are physical, and keep
-their addresses.
+the batch's rows and computes its slot mapping, as vLLM does in two launches. On the way it resolves
+the handles, or leaves them where the group's kernels resolve them by themselves. The tables that it
+fills keep their addresses, as captured graphs need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
-from avmp_kernels.resolve import Resolver
+from avmp_kernels.resolve import PAD_SLOT, Resolver
 from vllm.v1.worker.gpu.block_table import BlockTables
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.core import Kind
 
 if TYPE_CHECKING:
+    from avmp_kernels.pages import PageTable as KernelPageTable
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
-class ResolvedBlockTables(BlockTables):
-    """vLLM's block tables, one group a pool, filled with physical indices.
+class _Launch(NamedTuple):
+    """One launch a step: its buffers, the page table (None keeps handles), and its groups."""
+
+    resolver: Resolver
+    pages: KernelPageTable | None
+    groups: slice
+
+
+class ArenaBlockTables(BlockTables):
+    """vLLM's block tables, one group a pool, with what the group's kernels read.
 
     Args:
         stock: Tables of the sizes that vLLM chose; only their sizes are used.
         kinds: Pool of each cache group.
         page_table: The worker's page table.
+        by_handle: Of each group, whether its kernels resolve handles themselves.
         keep_rows: Whether to keep each request's physical SSM blocks by request slot as well as by
             batch row. The state copies of prefix caching read them so.
     """
@@ -38,6 +48,7 @@ class ResolvedBlockTables(BlockTables):
         stock: BlockTables,
         kinds: Sequence[Kind],
         page_table: DevicePageTable,
+        by_handle: Sequence[bool],
         keep_rows: bool,
     ) -> None:
         super().__init__(
@@ -50,24 +61,48 @@ class ResolvedBlockTables(BlockTables):
         )
         assert stock.cp_size == 1, "context parallelism is refused at start-up"
         assert self.fused_writer is not None, "an arena has two groups"
-        self._page_table = page_table
-        self._kept = [group for group, kind in enumerate(kinds) if keep_rows and kind is Kind.SSM]
-        handles = [table.gpu for table in self.block_tables]
+        self._kinds = kinds
+        self._handles = [table.gpu for table in self.block_tables]
         self._handle_ptrs = self.block_table_ptrs
-        self._resolver = Resolver(
-            handles,
-            self.block_sizes,
-            [kind is Kind.SSM for kind in kinds],
-            self.max_num_batched_tokens,
-            has_slots=self._slot_mapping_enabled,
-        )
-        # From here on everything under vLLM's names is physical. By request slot that is kept up
-        # for the SSM group alone, where it has a reader; the other table reads as null pages.
+        self.slot_mappings.fill_(PAD_SLOT)
+        self._launches: list[_Launch] = []
+        for resolved in (True, False):
+            groups = [group for group, by in enumerate(by_handle) if by is not resolved]
+            if groups:
+                pages = page_table.resident if resolved else None
+                launch = self._launch(groups, pages, self._slot_mapping_enabled)
+                launch.resolver.slot_mappings = self.slot_mappings[groups[0] : groups[-1] + 1]
+                for group, table in zip(groups, launch.resolver.block_tables, strict=True):
+                    self.input_block_tables[group] = table
+                self._launches.append(launch)
+        # By request slot, everything under vLLM's names is physical. It is kept up for the SSM
+        # group alone, where it has a reader; the other table reads as null pages.
         for table in self.block_tables:
             table.gpu = torch.zeros_like(table.gpu)
-        self.input_block_tables = self._resolver.block_tables
-        self.slot_mappings = self._resolver.slot_mappings
+        self._rows: list[tuple[int, torch.Tensor]] = []
+        for group, kind in enumerate(kinds):
+            if not keep_rows or kind is not Kind.SSM:
+                continue
+            rows = self.input_block_tables[group]
+            if by_handle[group]:
+                launch = self._launch([group], page_table.resident, [False] * len(kinds))
+                self._launches.append(launch)
+                (rows,) = launch.resolver.block_tables
+            self._rows.append((group, rows))
         self.init_block_table_layout_tensors()
+
+    def _launch(
+        self, groups: list[int], pages: KernelPageTable | None, has_slots: Sequence[bool]
+    ) -> _Launch:
+        """Make the launch that fills the tables of neighbouring groups."""
+        resolver = Resolver(
+            [self._handles[group] for group in groups],
+            [self.block_sizes[group] for group in groups],
+            [self._kinds[group] is Kind.SSM for group in groups],
+            self.max_num_batched_tokens,
+            has_slots=[has_slots[group] for group in groups],
+        )
+        return _Launch(resolver, pages, slice(groups[0], groups[-1] + 1))
 
     def apply_staged_writes(self) -> None:
         """Write the staged handles into the private tables: one launch, as in vLLM."""
@@ -76,7 +111,7 @@ class ResolvedBlockTables(BlockTables):
         self.num_blocks.copy_to_uva()
 
     def resolve(self, batch: InputBatch) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Fill the physical tables for one step.
+        """Fill the batch's tables for one step.
 
         Args:
             batch: The step's requests and tokens.
@@ -85,18 +120,18 @@ class ResolvedBlockTables(BlockTables):
             For each group int32 ``[rows, pages]``, padding rows null; and the slot mapping, int64
             ``[groups, tokens]``, padding -1.
         """
-        self._resolver.resolve(
-            batch.idx_mapping,
-            batch.query_start_loc,
-            batch.positions,
-            batch.seq_lens,
-            self.num_blocks.gpu,
-            self._page_table.resident,
-            num_rows=batch.num_reqs_after_padding,
-        )
-        for group in self._kept:
-            rows = self.input_block_tables[group][: batch.num_reqs]
-            self.block_tables[group].gpu.index_copy_(0, batch.idx_mapping, rows)
+        for launch in self._launches:
+            launch.resolver.resolve(
+                batch.idx_mapping,
+                batch.query_start_loc,
+                batch.positions,
+                batch.seq_lens,
+                self.num_blocks.gpu[launch.groups],
+                launch.pages,
+                num_rows=batch.num_reqs_after_padding,
+            )
+        for group, rows in self._rows:
+            self.block_tables[group].gpu.index_copy_(0, batch.idx_mapping, rows[: batch.num_reqs])
         return (
             tuple(table[: batch.num_reqs_after_padding] for table in self.input_block_tables),
             self.slot_mappings[:, : batch.num_tokens_after_padding],

@@ -18,10 +18,11 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
-from avmp_vllm.engine import seams
+from avmp_vllm.engine import handle_kernels, seams
+from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
 from avmp_vllm.engine.plans import PlanApplier, bytes_behind
-from avmp_vllm.engine.v2_block_tables import ResolvedBlockTables
+from avmp_vllm.engine.v2_block_tables import ArenaBlockTables
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -32,16 +33,21 @@ class AVMPModelRunnerV2(GPUModelRunner):
     """Runner V2, as it runs on CUDA."""
 
     kv_cache_config: AVMPCacheConfig
-    _block_tables: ResolvedBlockTables
+    _block_tables: ArenaBlockTables
     _page_table: DevicePageTable
     _plans: PlanApplier | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         seams.install(seams.RUNNER_V2)
         super().__init__(*args, **kwargs)
+        config = selected(self.vllm_config.additional_config)
+        assert config is not None
+        self._by_handle = config.kernels == "handles"
+        if self._by_handle:
+            handle_kernels.register()
 
     @property
-    def block_tables(self) -> ResolvedBlockTables:
+    def block_tables(self) -> ArenaBlockTables:
         """The tables that vLLM's code sees."""
         return self._block_tables
 
@@ -53,10 +59,11 @@ class AVMPModelRunnerV2(GPUModelRunner):
         assert geometry is not None
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         self._page_table = DevicePageTable(geometry, self.device)
-        self._block_tables = ResolvedBlockTables(
+        self._block_tables = ArenaBlockTables(
             stock,
             [kind_of_spec(spec) for spec in specs],
             self._page_table,
+            by_handle=[self._by_handle and handle_kernels.takes_handles(spec) for spec in specs],
             keep_rows=any(
                 isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align" for spec in specs
             ),
@@ -67,11 +74,18 @@ class AVMPModelRunnerV2(GPUModelRunner):
     ) -> None:
         """Make the cache, and what applies move plans to it."""
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        geometry = kv_cache_config.geometry
+        assert geometry is not None
+        if self._by_handle:
+            handle_kernels.bind(
+                self.compilation_config.static_forward_context,
+                self._page_table.resident,
+                self.dtype,
+                geometry.page_tokens,
+            )
         # The cache that CUDA graphs are profiled on gets no plans, and must not be kept alive.
         if not is_profiling:
-            assert kv_cache_config.geometry is not None
-            raw = bytes_behind(self.kv_caches[0])
-            buffer = KernelBuffer(raw, kv_cache_config.geometry)
+            buffer = KernelBuffer(bytes_behind(self.kv_caches[0]), geometry)
             self._page_table.warm_up()
             buffer.warm_up()
             self._plans = PlanApplier(self._page_table, buffer)
@@ -88,7 +102,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Gather and resolve the batch's block tables and slot mapping in one launch."""
+        """Gather and resolve the batch's block tables and slot mapping."""
         return self._block_tables.resolve(input_batch)
 
     def prepare_dummy_attn(

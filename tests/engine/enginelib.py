@@ -39,6 +39,12 @@ def mixed_prompts(seed: int = 1, count: int = 20) -> list[Prompt]:
     return prompts
 
 
+def short_prompts(seed: int = 1) -> list[Prompt]:
+    """A few tokens each, for kernels that run interpreted."""
+    rng = random.Random(seed)
+    return [{"prompt_token_ids": tokens(rng, count)} for count in (20, 3, 35)]
+
+
 @contextlib.contextmanager
 def engine(model: str, *, avmp: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
     """Run a real vLLM engine in this process.

@@ -101,6 +101,10 @@ def test_verify_by_environment(monkeypatch):
             {"block_manager": "avmp", "avmp": {"migration_batch": 0}},
             "option 'migration_batch' = 0: .*greater than or equal to 1",
         ),
+        (
+            {"block_manager": "avmp", "avmp": {"kernels": "fast"}},
+            "option 'kernels' = 'fast': .*'auto', 'resolved' or 'handles'",
+        ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
         ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),
         ({"block_manager": "avmp", "avmp": "/no/such.yaml"}, "cannot read /no/such.yaml"),
@@ -164,6 +168,18 @@ def test_refused_options(vllm_config, monkeypatch, refusal):
     monkeypatch.setitem(owner.__dict__, name, value)
     with pytest.raises(ConfigError, match=rf"{refusal.option} = .*--block-manager default"):
         refuse(vllm_config)
+
+
+def test_kernels_by_handle_need_runner_v2(tiny_jamba):
+    """Named, with the setting that works."""
+    additional = {"block_manager": "avmp", "avmp": {"kernels": "handles"}}
+    with pytest.raises(ConfigError, match=r"kernels = 'handles' needs Model Runner V2.*'resolved'"):
+        EngineArgs(tiny_jamba, dtype="float32", additional_config=additional).create_engine_config()
+    arguments = EngineArgs(
+        tiny_jamba, attention_backend="TRITON_ATTN", additional_config=additional
+    )
+    with pytest.raises(ConfigError, match="--attention-backend TRITON_ATTN: kernels = 'handles'"):
+        arguments.create_engine_config()
 
 
 def test_other_classes_are_refused(vllm_config, monkeypatch):

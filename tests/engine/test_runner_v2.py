@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enginelib import stock_answers
+from enginelib import engine, greedy, short_prompts, stock_answers
 
 from avmp_vllm.engine.config import SELECTED
 
@@ -43,7 +43,12 @@ def done(tiny_jamba, tiny_granite, tmp_path_factory) -> dict[str, dict[str, Any]
 @pytest.fixture(scope="module")
 def expected(tiny_jamba, tiny_granite) -> dict[str, list[list[list[int]]]]:
     """Stock vLLM's answers to the scenarios' workloads (seed, prompts, new tokens)."""
+    short = {}
+    for name, model in (("handles", tiny_jamba), ("handles_granite", tiny_granite)):
+        with engine(model) as llm:
+            short[name] = greedy(llm, short_prompts(), 5)
     return {
+        **short,
         "no_cache": stock_answers(tiny_jamba, 3, 12, 24),
         "cache": stock_answers(tiny_jamba, 1, 8, 12),
         "granite": stock_answers(tiny_granite, 1, 8, 12),
@@ -94,6 +99,17 @@ def test_cache_for_graph_profiling(done, expected):
     assert did["planless"]
     assert did["released"]
     assert did["rounds"] == [expected["cache"]]
+
+
+@pytest.mark.parametrize("name", ["handles", "handles_granite"])
+def test_kernels_by_handle(done, expected, name):
+    """``kernels: handles``: AVMP's attention on its 16-token pages, and its Mamba-1 kernels."""
+    did = done[name]
+    assert did["page_tokens"] == 16
+    assert "HandleAttentionBackend" in did["backends"]
+    # Mamba-2 keeps vLLM's kernels, over resolved indices.
+    assert did["ssm_handles"] is (name == "handles")
+    assert did["rounds"] == [expected[name]]
 
 
 @pytest.mark.parametrize("name", ["no_table_writes", "no_copies", "no_rows"])

@@ -29,6 +29,7 @@ from enginelib import (
     mixed_prompts,
     runner_of,
     scheduler_of,
+    short_prompts,
 )
 from vllm.v1.worker import mamba_utils
 
@@ -95,14 +96,14 @@ def without_rows() -> Any:
     import avmp_vllm.engine.worker  # noqa: F401
 
     # isort: split
-    from avmp_vllm.engine.v2_block_tables import ResolvedBlockTables
+    from avmp_vllm.engine.v2_block_tables import ArenaBlockTables
 
-    made = ResolvedBlockTables.__init__
+    made = ArenaBlockTables.__init__
 
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **{**kwargs, "keep_rows": False})
 
-    return mock.patch.object(ResolvedBlockTables, "__init__", make)
+    return mock.patch.object(ArenaBlockTables, "__init__", make)
 
 
 def poisoned(model: str) -> dict[str, Any]:
@@ -217,6 +218,22 @@ def graph_profiling(model: str) -> dict[str, Any]:
         }
 
 
+def by_handle(model: str) -> dict[str, Any]:
+    """AVMP's own kernels. Interpreted, their scan takes a second for a few tokens of prompt."""
+    with engine(model, avmp={"kernels": "handles"}, enable_prefix_caching=True) as llm:
+        runner = runner_of(llm)
+        geometry = runner.kv_cache_config.geometry
+        answers = greedy(llm, short_prompts(), 5, temperature=0)
+        assert_nothing_held(llm)
+        tables = runner.block_tables.input_block_tables
+        return {
+            "rounds": [answers],
+            "page_tokens": geometry.page_tokens,
+            "backends": sorted({g.backend.__name__ for gs in runner.attn_groups for g in gs}),
+            "ssm_handles": bool((tables[1] >> 30).any()),
+        }
+
+
 def scenarios(jamba: str, granite: str) -> dict[str, Callable[[], dict[str, Any]]]:
     """All that this process can do, by name."""
     write_nothing = mock.patch.object(DevicePageTable, "apply", PageTable.apply)
@@ -226,6 +243,8 @@ def scenarios(jamba: str, granite: str) -> dict[str, Callable[[], dict[str, Any]
         "cache": lambda: serve("cache", jamba),
         "async": lambda: serve("cache", jamba, async_scheduling=True),
         "granite": lambda: serve("granite", granite),
+        "handles": lambda: by_handle(jamba),
+        "handles_granite": lambda: by_handle(granite),
         "poisoned": lambda: poisoned(jamba),
         "dummy_runs": lambda: dummy_runs(jamba),
         "graph_profiling": lambda: graph_profiling(jamba),
