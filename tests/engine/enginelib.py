@@ -42,7 +42,7 @@ def mixed_prompts(seed: int = 1, count: int = 20) -> list[Prompt]:
 def short_prompts(seed: int = 1) -> list[Prompt]:
     """A few tokens each, for kernels that run interpreted."""
     rng = random.Random(seed)
-    return [{"prompt_token_ids": tokens(rng, count)} for count in (20, 3, 35)]
+    return [{"prompt_token_ids": tokens(rng, count)} for count in (18, 3, 14)]
 
 
 @contextlib.contextmanager
