@@ -32,6 +32,8 @@ class AVMPConfig(BaseModel):
             512 from above, or vLLM's ``--mamba-block-size`` if that is given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
+        growth_tokens: A request is admitted beside others only if each of those can still grow by
+            so many tokens, so that admissions do not end in preemptions.
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
@@ -43,6 +45,7 @@ class AVMPConfig(BaseModel):
     page_tokens: int | None = Field(default=None, ge=1)
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
+    growth_tokens: int = Field(default=64, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
     verify: bool = False
 

@@ -16,6 +16,7 @@ from vllm.v1.core.kv_cache_coordinator import (
     KVCacheCoordinator,
     KVCacheCoordinatorNoPrefixCache,
 )
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
@@ -121,6 +122,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
             )
         pages, blocks = need[Kind.KV], need[Kind.SSM]
         arena = self.arena
+        if not arena.fits(pages, blocks) and self._forgo_state_copy(request_id):
+            blocks = need[Kind.SSM] = blocks - 1
         if not arena.fits(pages, blocks):
             # More states than can exist is how a manager says "in the next step": no failure.
             if not apply_admission_cap and blocks <= arena.geometry.block_limit:
@@ -136,6 +139,21 @@ class DualPoolCoordinator(KVCacheCoordinator):
                 need[kind] -= manager._get_num_evictable_blocks(computed)
             self._next = need[Kind.KV], need[Kind.SSM]
         return min(in_pages, arena.available(Kind.KV))
+
+    def _forgo_state_copy(self, request_id: str) -> bool:
+        """Give up a running request's copy of the state at its prompt's last page, if it is due.
+
+        The copy serves later requests. Where bytes are short it is not worth a preemption: the
+        state is overwritten without one, and its hash goes.
+        """
+        for manager in self.single_type_managers:
+            if isinstance(manager, MambaManager) and request_id in manager._partial_hit_reqs:
+                assert request_id in manager._allocated_block_reqs, "a newcomer's hit has no copy"
+                _, state = manager._partial_hit_reqs.pop(request_id)
+                manager._producer_partial_tail_reqs.pop(request_id, None)
+                manager.block_pool._maybe_evict_cached_block(state)
+                return True
+        return False
 
     def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
         """Allocate what was just asked for, making room for both pools at once.

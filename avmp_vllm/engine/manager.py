@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
 from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, kind_of
+from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.config import AVMPConfig
 from avmp_vllm.engine.coordinator import (
     AVMPCoordinator,
@@ -52,7 +53,14 @@ class AVMPBlockSpaceManager(KVCacheManager):
         )
         self.arena = self.coordinator.arena
         self.block_pool = self.coordinator.block_pool
-        self.watermark_blocks = int(kwargs["watermark"] * kv_cache_config.num_blocks)
+        self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
+        if self.enable_caching:
+            # A running state moves to a new block at each checkpoint, and frees the old one after.
+            self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+        self._growth_pages = ceil_div(config.growth_tokens, self.geometry.page_tokens)
+        self._holders = self.coordinator.single_type_managers[
+            self.coordinator.kinds.index(Kind.KV)
+        ].req_to_blocks
         self._plans = 0
         self._copies: list[Copy] = []
 
@@ -68,6 +76,16 @@ class AVMPBlockSpaceManager(KVCacheManager):
         null = geometry.null_blocks * geometry.block_bytes
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
         return used / (geometry.pages * geometry.page_bytes - null)
+
+    def allocate_slots(self, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """Give a request its next slots, as ``KVCacheManager`` does.
+
+        vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
+        request no slack to grow into, so the watermark here has room for those that run: without it
+        the last page would go to a newcomer, and the next token of anybody else would preempt.
+        """
+        self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
+        return super().allocate_slots(*args, **kwargs)
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
         """Drain pending copies; note where their pages are now.

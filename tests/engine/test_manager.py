@@ -52,6 +52,7 @@ class Driver:
         caching: Prefix caching.
         scheduler: Which of the two schedulers.
         batch: ``migration_batch``.
+        growth: ``growth_tokens``.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class Driver:
         caching: bool = True,
         scheduler: type = AVMPScheduler,
         batch: int = 1,
+        growth: int = 64,
     ) -> None:
         config = EngineArgs(
             model=model,
@@ -72,7 +74,7 @@ class Driver:
             enforce_eager=True,
             additional_config={
                 "block_manager": "avmp",
-                "avmp": {"migration_batch": batch, "verify": True},
+                "avmp": {"migration_batch": batch, "growth_tokens": growth, "verify": True},
             },
         ).create_engine_config()
         kv_cache_utils.init_none_hash(sha256_cbor)
@@ -151,6 +153,14 @@ class Driver:
         )
         self.finished += [name for name in names if name not in requests]
         return output
+
+    def step_unverified(self) -> SchedulerOutput:
+        """One step while the test itself holds pages, which verification would miss an owner of."""
+        verify, self.manager.verify = self.manager.verify, lambda: None
+        try:
+            return self.step()
+        finally:
+            self.manager.verify = verify
 
     def run(self, limit: int) -> int:
         """Step until nothing is left; the number of steps."""
@@ -238,6 +248,44 @@ def test_churn_under_pressure(model: str, scheduler: type) -> None:
         assert statistics.evictions[kind] > 0
     assert sum(statistics.relocations.values()) > 0
     driver.check_empty()
+
+
+def _preemptions(model: str, growth: int) -> int:
+    """Of twelve requests that answer at length in an arena for a few."""
+    driver = Driver(model, arena_for(2), caching=False, growth=growth)
+    requests = [driver.add(f"r{index}", prompt(index, 90), 200) for index in range(12)]
+    driver.run(limit=5_000)
+    driver.check_empty()
+    return sum(request.num_preemptions for request in requests)
+
+
+def test_room_to_grow_spares_preemptions(model: str) -> None:
+    """Exact pages leave no slack: whoever is admitted into the last bytes makes others preempt."""
+    assert _preemptions(model, growth=200) == 0 < _preemptions(model, growth=0)
+
+
+def test_a_copy_for_the_cache_is_not_worth_a_preemption(model: str) -> None:
+    """The state at a prompt's last page is copied for later requests, if there is room for it."""
+    driver = Driver(model, arena_for(2))
+    request = driver.add("first", prompt("first", 100), 40)
+    while request.num_computed_tokens < 96:
+        driver.step()
+    (manager,) = (m for m in driver.manager.coordinator.single_type_managers if m._partial_hit_reqs)
+    assert list(manager._partial_hit_reqs) == ["first"]  # the copy is due in the next step
+    # Leave a few pages, and no state.
+    filler = driver.arena.allocate(pages=driver.arena.available(Kind.KV) - 2)
+    assert driver.arena.available(Kind.SSM) == 0
+    for _ in range(5):
+        driver.step_unverified()
+    assert request.status == RequestStatus.RUNNING
+    assert request.num_preemptions == 0
+    assert not manager._partial_hit_reqs
+    driver.arena.release(filler)
+    driver.run(limit=200)
+    assert driver.finished == ["first"]
+    driver.check_empty()
+    # Nobody hits the state that was overwritten.
+    assert hit(driver, "second", prompt("first", 100)) == 0
 
 
 @pytest.mark.parametrize("caching", [False, True])
