@@ -62,7 +62,8 @@ def test_answers_equal_stock(done, expected, name):
     assert did["runner"] == "AVMPCPUModelRunnerV2"
     assert did["migrations"] > 0
     assert did["relocations"] > 0
-    assert did["preemptions"] > 0
+    # With prefix caching a spare state is kept free, which so few short answers never need.
+    assert name != "no_cache" or did["preemptions"] > 0
     assert did["rounds"] == [expected[name]] * (1 if name == "no_cache" else 2)
 
 

@@ -54,7 +54,13 @@ WORKLOADS = {
 def workload(name: str, model: str, **options: Any) -> Iterator[Any]:
     """An engine under pressure, and a function that serves the workload's prompts once."""
     memory, caching, (seed, count, new_tokens) = WORKLOADS[name]
-    avmp = {"checkpoint_tokens": 128, "migration_batch": 8, **options.pop("avmp", {})}
+    # Without room to grow, so that requests are admitted until some must be preempted.
+    avmp = {
+        "checkpoint_tokens": 128,
+        "migration_batch": 8,
+        "growth_tokens": 0,
+        **options.pop("avmp", {}),
+    }
     with engine(
         model,
         avmp=avmp,
