@@ -119,14 +119,17 @@ class AVMPStatLogger(AggregateStatLoggerBase):
         return self._metrics[name].labels(self._model, str(engine), label)
 
     def _export(self, engine: int, values: dict[str, list[float]]) -> None:
+        # Most values stand still from one step to the next, and a metric is slow to reach.
         before = self._latest[engine]
         for name, _, _ in GAUGES:
             for kind in Kind:
-                self._child(name, engine, kind).set(values[name][kind])
+                if name not in before or values[name][kind] != before[name][kind]:
+                    self._child(name, engine, kind).set(values[name][kind])
         for name, _, _ in COUNTERS:
             for kind in Kind:
                 grown = values[name][kind] - before.get(name, (0, 0))[kind]
-                self._child(name, engine, kind).inc(max(grown, 0))
+                if name not in before or grown > 0:
+                    self._child(name, engine, kind).inc(max(grown, 0))
         self._latest[engine] = values
 
     def record(
