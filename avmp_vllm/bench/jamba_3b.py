@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import Request
 
-from avmp_vllm.engine.capacity import stock_block_tokens
+from avmp_vllm.core.capacity import stock_block_tokens
 from avmp_vllm.engine.config import AVMPConfig
 from avmp_vllm.engine.layout import CHECKPOINT_TOKENS, arena_config
 from avmp_vllm.engine.manager import AVMPBlockSpaceManager

@@ -10,7 +10,6 @@ pages of ``page_tokens`` tokens, the SSM layers another with one exact state a b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -281,8 +280,3 @@ def clamp_sequences(vllm_config: VllmConfig, geometry: Geometry) -> None:
 def checkpoint_spacing(kv_cache_config: KVCacheConfig) -> int:
     """Tokens between two state checkpoints of a running engine."""
     return group_of(kv_cache_config, Kind.SSM).kv_cache_spec.block_size
-
-
-def scheduler_block_size(kv_cache_config: KVCacheConfig) -> int:
-    """Least common multiple of the groups' block sizes, in tokens."""
-    return math.lcm(*(g.kv_cache_spec.block_size for g in kv_cache_config.kv_cache_groups))

@@ -30,7 +30,7 @@ from typing import Protocol
 
 from avmp_vllm.bench.paper.allocators import NumberedPool
 from avmp_vllm.bench.paper.models import PAGE_TOKENS, Model
-from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind
+from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind, capacity
 
 
 class Space(Protocol):
@@ -107,8 +107,9 @@ class _Stack:
 
 def stock_block_tokens(model: Model) -> int:
     """Tokens of vLLM's attention block: the least multiple of 16 that covers a layer's state."""
-    token_bytes = model.layer_page_bytes // PAGE_TOKENS
-    return PAGE_TOKENS * -(-model.layer_state_bytes // (PAGE_TOKENS * token_bytes))
+    return capacity.stock_block_tokens(
+        PAGE_TOKENS, model.layer_page_bytes, model.layer_state_bytes, PAGE_TOKENS
+    )
 
 
 class StockVLLM(_Plain):
