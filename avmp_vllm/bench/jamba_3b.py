@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import JambaConfig
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
@@ -32,6 +31,7 @@ from avmp_vllm.core.capacity import stock_block_tokens
 from avmp_vllm.engine.config import AVMPConfig
 from avmp_vllm.engine.layout import CHECKPOINT_TOKENS, arena_config
 from avmp_vllm.engine.manager import AVMPBlockSpaceManager
+from avmp_vllm.models.jamba_3b import jamba_3b_config
 
 #: Longest request; a prompt of that length is prefilled in one chunk.
 MAX_MODEL_LEN = 8192
@@ -72,24 +72,8 @@ class Side:
 
 
 def _vllm_config(prefix_caching: bool) -> VllmConfig:
-    """A configuration that vLLM makes of the published config.json (what matters of it here)."""
-    model = JambaConfig(
-        architectures=["JambaForCausalLM"],
-        hidden_size=2560,
-        intermediate_size=8192,
-        num_hidden_layers=_LAYERS,
-        num_attention_heads=20,
-        num_key_value_heads=1,
-        attn_layer_period=14,
-        attn_layer_offset=7,
-        num_experts=1,
-        num_experts_per_tok=1,
-        mamba_d_state=16,
-        mamba_d_conv=4,
-        mamba_expand=2,
-        max_position_embeddings=262_144,
-        dtype="bfloat16",
-    )
+    """A configuration that vLLM makes of the model's (what matters of it here)."""
+    model = jamba_3b_config()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         config = EngineArgs(

@@ -15,6 +15,7 @@ one. While a run lasts, its finished cells stand in a journal, from which it can
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -195,3 +196,47 @@ class Journal:
         """Drop the journal of a run whose result file is whole."""
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def resuming(path: Path, parameters: dict[str, Any]) -> Iterator[Journal]:
+    """Open the journal of a run; the same command goes on behind what an interrupted one finished.
+
+    Write the result file before the block ends: the journal is dropped then, and kept if the block
+    ends in an exception.
+
+    Args:
+        path: Of the result file.
+        parameters: Of the run; old cells count only if these and the source are the same.
+    """
+    journal = Journal(path, {"source": source_commit(), "parameters": parameters})
+    if journal.resumed:
+        print(f"Going on behind {journal.resumed} part(s) of an interrupted run.", file=sys.stderr)
+    try:
+        yield journal
+    except BaseException:
+        journal.close()
+        raise
+    journal.remove()
+
+
+def journal_of(output: Path | None, check: Path | None) -> Path:
+    """Where a run's journal stands: beside what it writes, or beside the file that it checks."""
+    if output is not None:
+        return output
+    assert check is not None
+    return check.with_name(check.name + ".check")
+
+
+def compare(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Print at which places two results' counts differ; return whether any does.
+
+    Args:
+        path: File of the expected result.
+        expected, found: Whole results.
+    """
+    places = list(differences(expected["counts"], found["counts"]))
+    for place in places[:10]:
+        print(f"DIFFERS {place}")
+    print(f"Check of {path}: {len(places)} difference(s) in the counts.")
+    return bool(places)

@@ -1,33 +1,25 @@
-"""One vLLM server as a child process: start, wait until it answers, read its counters, stop it.
-
-Whatever happens inside the ``with`` block, an exception and Ctrl-C included, the server and all
-processes it started are gone afterwards.
-"""
+"""One vLLM server as a child process: start, wait until it answers, read its counters, stop it."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from avmp_vllm.demo.child import Child, ChildError
+
 LOCALHOST = "127.0.0.1"
 _POLL_S = 0.2
-_TAIL_LINES = 25
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy to localhost
 
 
-class ServerError(RuntimeError):
+class ServerError(ChildError):
     """The server did not start, or died."""
 
 
@@ -49,8 +41,8 @@ class Metrics:
         return sum(values) if values else None
 
 
-class Server:
-    """A child process that serves HTTP on this machine, in a process group of its own.
+class Server(Child):
+    """A child process that serves HTTP on this machine.
 
     Args:
         command: Program and arguments.
@@ -60,6 +52,9 @@ class Server:
         health: Path that answers with status 200 once the server is ready.
         grace_s: Seconds between SIGTERM and SIGKILL.
     """
+
+    error = ServerError
+    name = "server"
 
     def __init__(
         self,
@@ -71,45 +66,9 @@ class Server:
         health: str = "/health",
         grace_s: float = 20.0,
     ) -> None:
-        self.command = list(command)
+        super().__init__(command, log=log, environment=environment, grace_s=grace_s)
         self.url = f"http://{LOCALHOST}:{port}"
-        self.log = log
-        self._environment = dict(environment or {})
         self._health = health
-        self._grace_s = grace_s
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def __enter__(self) -> Server:
-        self.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.stop()
-
-    @property
-    def pid(self) -> int:
-        """Of the process, whose children do most of the work."""
-        assert self._process is not None, "not started"
-        return self._process.pid
-
-    def start(self) -> None:
-        """Start the process; return without waiting for it."""
-        assert self._process is None, "started already"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as output:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self._environment},
-                start_new_session=True,
-            )
 
     def wait_ready(
         self, timeout_s: float = 600.0, on_wait: Callable[[float], None] | None = None
@@ -135,26 +94,6 @@ class Server:
                 on_wait(waited)
             time.sleep(_POLL_S)
 
-    def check_alive(self) -> None:
-        """Raise ServerError if the process has ended."""
-        assert self._process is not None, "not started"
-        status = self._process.poll()
-        if status is not None:
-            raise ServerError(f"the server ended with status {status}\n{self.tail()}")
-
-    def stop(self) -> None:
-        """Stop the process and every process of its group; do nothing if it does not run."""
-        process, self._process = self._process, None
-        if process is None:
-            return
-        try:
-            _signal_group(process.pid, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(self._grace_s)
-        finally:  # after an impatient second Ctrl-C too
-            _signal_group(process.pid, signal.SIGKILL)
-            process.wait()
-
     def get(self, path: str, timeout_s: float = 10.0) -> str:
         """Body of a GET of ``path``.
 
@@ -169,22 +108,12 @@ class Server:
         """Read ``/metrics``."""
         return Metrics(self.get("/metrics"))
 
-    def tail(self, lines: int = _TAIL_LINES) -> str:
-        """Path and last lines of the log."""
-        text = self.log.read_text(errors="replace").splitlines()
-        return "\n".join([f"the end of {self.log}:", *(f"  | {line}" for line in text[-lines:])])
-
     def _answers(self) -> bool:
         try:
             self.get(self._health, timeout_s=2.0)
         except OSError:  # refused, timed out, or an HTTP error
             return False
         return True
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
 
 
 def free_port() -> int:

@@ -320,36 +320,24 @@ def _run(args: argparse.Namespace) -> int:
             wanted = old["parameters"]["sharegpt"]
             raise InputError(args.check, None, f"was run with another --sharegpt: {wanted}")
         parameters, output = old["parameters"], args.output
-    beside = output or args.check.with_name(args.check.name + ".check")
-    identity = {"source": results.source_commit(), "parameters": parameters}
-    journal = results.Journal(beside, identity)
-    if journal.resumed:
-        print("Going on behind the rounds of an interrupted run.", file=sys.stderr)
-    try:
+    with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         job = Job(args, parameters, journal)
         job.run()
-    except BaseException:
-        journal.close()
-        raise
-    rounds, goals = job.rounds(), job.goals()
-    heads = {name: head(parameters, name, goals[name], several) for name, several in rounds.items()}
-    for line in report.lines(rounds, heads):
-        print(line)
-    result = result_of(parameters, rounds, goals)
-    if output is not None:
-        results.write(output, result)
-        print(f"Written: {output}")
-    journal.remove()
+        rounds, goals = job.rounds(), job.goals()
+        heads = {
+            name: head(parameters, name, goals[name], several) for name, several in rounds.items()
+        }
+        for line in report.lines(rounds, heads):
+            print(line)
+        result = result_of(parameters, rounds, goals)
+        if output is not None:
+            results.write(output, result)
+            print(f"Written: {output}")
     failed = any(
         one[side]["failed"] for r in result["counts"].values() for one in r for side in one
     )
-    if old is not None:
-        found = list(results.differences(old["counts"], result["counts"]))
-        for line in found[:10]:
-            print(f"DIFFERS {line}")
-        print(f"Check of {args.check}: {len(found)} difference(s) in requests and tokens.")
-        return int(bool(found) or failed)
-    return int(failed)
+    differs = old is not None and results.compare(args.check, old, result)
+    return int(differs or failed)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-import numpy as np
-
+from avmp_vllm.bench import pairs
+from avmp_vllm.bench.pairs import Rounds, Row
 from avmp_vllm.bench.serve.pair import AVMP, STOCK
-from avmp_vllm.bench.statistics import SEED, Interval, ratio_of_means
+from avmp_vllm.bench.statistics import Interval
 from avmp_vllm.bench.tables import table
 
 SINGLE, TURNS = "single", "turns"
@@ -19,18 +19,6 @@ TITLES = {
     AMPLE: "memory does not bind",
     TIGHT: "memory binds",
 }
-
-Rounds = Sequence[Mapping[str, Any]]
-
-
-class Row(NamedTuple):
-    """One figure: key, label, number format, whether more is better (None: neither)."""
-
-    key: str
-    label: str
-    form: str
-    more: bool | None
-
 
 ROWS = (
     Row("throughput", "answer tokens / s", ",.1f", True),
@@ -46,48 +34,14 @@ ROWS = (
 )
 
 
-def values(rounds: Rounds, side: str, key: str) -> list[float] | None:
-    """A figure of every round; None if the side does not have it."""
-    found = [one[side]["figures"].get(key) for one in rounds]
-    return None if not found or None in found else found
-
-
 def ratios(rounds: Rounds) -> dict[str, Interval]:
     """AVMP / stock of every figure that both have and that is 0 in no round of stock's."""
-    result = {}
-    for row in ROWS:
-        ours, theirs = (values(rounds, side, row.key) for side in (AVMP, STOCK))
-        if ours is None or theirs is None or not all(theirs):
-            continue
-        result[row.key] = ratio_of_means(ours, theirs, np.random.default_rng(SEED))
-    return result
-
-
-def verdict(row: Row, ratio: Interval) -> str:
-    """In words whom a figure favours, if its interval excludes 1."""
-    if row.more is None or ratio.low <= 1 <= ratio.high:
-        return ""
-    return "AVMP better" if (ratio.point > 1) is row.more else "stock better"
+    return pairs.ratios(rounds, ROWS, AVMP, STOCK)
 
 
 def scenario_table(rounds: Rounds) -> str:
     """Means of both sides, ratio with its interval, and whom it favours."""
-    found = ratios(rounds)
-    lines = []
-    for row in ROWS:
-        sides = [values(rounds, side, row.key) for side in (AVMP, STOCK)]
-        means = ["-" if side is None else f"{np.mean(side):{row.form}}" for side in sides]
-        ratio = found.get(row.key)
-        lines.append(
-            [
-                row.label,
-                *means,
-                "-" if ratio is None else f"{ratio.point:.3f}",
-                "-" if ratio is None else f"[{ratio.low:.3f}, {ratio.high:.3f}]",
-                "" if ratio is None else verdict(row, ratio),
-            ]
-        )
-    return table(["mean over rounds", "AVMP", "stock", "AVMP / stock", "95%", "favours"], lines)
+    return pairs.comparison(rounds, ROWS, [AVMP], STOCK, {AVMP: "AVMP", STOCK: "stock"})
 
 
 class Target(NamedTuple):
@@ -101,11 +55,7 @@ class Target(NamedTuple):
 
     def judge(self, ratio: Interval) -> str:
         """``reached``, ``missed``, or ``open`` where the interval spans the bound."""
-        if self.above:
-            low, high = ratio.low >= self.bound, ratio.high < self.bound
-        else:
-            low, high = ratio.high <= self.bound, ratio.low > self.bound
-        return "reached" if low else "missed" if high else "open"
+        return pairs.judge(ratio, self.bound, self.above)
 
 
 TARGETS = (
