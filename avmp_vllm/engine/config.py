@@ -34,6 +34,8 @@ class AVMPConfig(BaseModel):
             bytes.
         growth_tokens: A request is admitted beside others only if each of those can still grow by
             so many tokens, so that admissions do not end in preemptions.
+        tail_tokens: With prefix caching, a prompt's state at its last page is kept if it spares a
+            later prompt at least so many tokens. Keeping it costs the prompt one more step.
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
@@ -46,6 +48,7 @@ class AVMPConfig(BaseModel):
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
     growth_tokens: int = Field(default=64, ge=0)
+    tail_tokens: int = Field(default=128, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
     verify: bool = False
 

@@ -46,13 +46,43 @@ class HandleAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        """Pages of 16 tokens and more; the kernels want powers of two."""
+        """Pages of 16 tokens and more."""
         return [MultipleOf(16)]
+
+    @classmethod
+    def supports_block_size(cls, block_size: int | None) -> bool:
+        """Of these, the powers of two."""
+        return super().supports_block_size(block_size) and (
+            block_size is None or block_size & (block_size - 1) == 0
+        )
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         """What the kernels take."""
         return 16 <= head_size <= 256 and head_size % 8 == 0
+
+    @classmethod
+    def validate_configuration(
+        cls,
+        head_size: int,
+        dtype: torch.dtype,
+        kv_cache_dtype: str | None,
+        block_size: int | None,
+        **others: Any,
+    ) -> list[str]:
+        """vLLM's reasons why the kernels cannot serve a layer, with the values and the way out."""
+        values = {
+            "head_size": head_size,
+            "dtype": dtype,
+            "kv_cache_dtype": kv_cache_dtype,
+            "block_size": block_size,
+        }
+        reasons = super().validate_configuration(**values, **{"device_capability": None, **others})
+        for index, reason in enumerate(reasons):
+            name = reason.split()[0]
+            value = f"{name} = {values[name]}: " if name in values else ""
+            reasons[index] = f"{value}{reason}; set kernels to 'resolved' to use vLLM's attention"
+        return reasons
 
     @staticmethod
     def get_impl_cls() -> type[HandleAttentionImpl]:
@@ -82,7 +112,7 @@ class HandleAttentionBuilder(AttentionMetadataBuilder[HandleAttentionMetadata]):
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **kwargs)  # abstract in vLLM, for builders to think about
 
     def build(
         self,

@@ -46,12 +46,22 @@ def register() -> None:
 
 
 def get_attn_backend_cls(stock: Callable[..., str]) -> Callable[..., str]:
-    """Wrap ``CpuPlatform.get_attn_backend_cls``: on CPU, too, take the backend asked for."""
+    """Wrap ``CpuPlatform.get_attn_backend_cls``: on CPU, too, take the backend asked for.
 
-    def wrapper(cls: type, selected_backend: Any, *args: Any, **kwargs: Any) -> str:
-        if selected_backend is AttentionBackendEnum.CUSTOM:
-            return BACKEND
-        return stock(cls, selected_backend, *args, **kwargs)
+    As on CUDA, the backend first says whether it can serve the layer.
+    """
+
+    def wrapper(
+        cls: type, selected_backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> str:
+        if selected_backend is not AttentionBackendEnum.CUSTOM:
+            return stock(cls, selected_backend, attn_selector_config, *args, **kwargs)
+        from avmp_vllm.engine.handle_attention import HandleAttentionBackend
+
+        reasons = HandleAttentionBackend.validate_configuration(**attn_selector_config._asdict())
+        if reasons:
+            raise ConfigError("kernels = 'handles': " + "; ".join(reasons))
+        return BACKEND
 
     return wrapper
 
@@ -75,6 +85,8 @@ def bind(
     Raises:
         ValueError: A layer that the kernels do not take, and the setting that works.
     """
+    from avmp_kernels.conv1d import check_width
+    from avmp_kernels.state_update import check_supported
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 
@@ -90,5 +102,8 @@ def bind(
                 )
             layer.impl.bind(pages, dtype, page_tokens)
         elif isinstance(layer, MambaMixer):
+            check_width(layer.conv1d.weight.shape[-1])
+            for state in layer.get_state_dtype():
+                check_supported(state)
             # vLLM's custom op looks the method up on the layer.
             layer.forward_impl = partial(forward_by_handles, layer, pages)

@@ -39,7 +39,8 @@ logger = init_logger("vllm." + __name__)
 #: Default spacing of state checkpoints, in tokens, before rounding up to whole pages.
 CHECKPOINT_TOKENS = 512
 #: SSM blocks that one request may hold at a time with prefix caching: the state of the last
-#: checkpoint, the running one, and a private copy of the prompt's last page's state.
+#: checkpoint, the running one, and a private copy of the prompt's last page's state. Layers that
+#: can save a state in the middle of a prefill add theirs.
 BLOCKS_PER_CACHED_REQUEST = 3
 
 
@@ -113,9 +114,13 @@ def page_tokens(config: AVMPConfig, cache: CacheConfig, backend_cls: type[Attent
     else:
         return least
     if not backend_cls.supports_block_size(value) or value % least:
+        nearest = ceil_div(value, least) * least
+        while not backend_cls.supports_block_size(nearest):
+            nearest += least
+        resolved = ", set kernels to 'resolved'" if config.kernels == "handles" else ""
         raise ConfigError(
             f"{option} = {value}: {backend_cls.get_name()} takes pages of a multiple of {least} "
-            "tokens; choose one, or leave the option out"
+            f"tokens; choose {nearest}{resolved}, or leave the option out"
         )
     return value
 
@@ -167,7 +172,7 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         assert geometry is not None
         if any(config.geometry != geometry for config in configs):
             raise ConfigError("ranks have different page sizes, which AVMP cannot serve")
-        fit_model_len(vllm_config, geometry)
+        fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, geometry)
         return list(configs)
 
@@ -239,19 +244,22 @@ def _only_spec(kind: Kind, layers: dict[str, KVCacheSpec]) -> KVCacheSpec:
     return replace(first)
 
 
-def blocks_per_request(vllm_config: VllmConfig) -> int:
+def blocks_per_request(spec: MambaSpec) -> int:
     """Most SSM blocks that one request holds at a time."""
-    aligned = vllm_config.cache_config.mamba_cache_mode == "align"
-    return BLOCKS_PER_CACHED_REQUEST if aligned else 1
+    if spec.mamba_cache_mode != "align":
+        return 1
+    return BLOCKS_PER_CACHED_REQUEST + spec.num_prefill_checkpoint_blocks
 
 
-def fit_model_len(vllm_config: VllmConfig, geometry: Geometry) -> None:
+def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> None:
     """Check that a request of the longest length fits, or with ``-1`` find that length.
 
     Raises:
         ArenaTooSmall: With the numbers and what to change.
     """
-    model, blocks = vllm_config.model_config, blocks_per_request(vllm_config)
+    model, geometry = vllm_config.model_config, kv_cache_config.geometry
+    assert geometry is not None
+    blocks = blocks_per_request(group_of(kv_cache_config, Kind.SSM).kv_cache_spec)
     if model.original_max_model_len == -1:
         fixed = (geometry.null_blocks + blocks) * geometry.block_bytes
         room = geometry.pages * geometry.page_bytes - fixed

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import get_mamba_prefill_checkpoint_position
 
+from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine import metrics
 from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.coordinator import without_blocks
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
 
 #: Attribute of ``SchedulerOutput`` in which a plan travels; pickled with it to worker processes.
 PLAN = "avmp_move_plan"
@@ -68,6 +71,46 @@ class MovePlanMixin(Scheduler):
         if manager.config.verify:
             manager.verify()
         return output
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Where a prefill chunk ends, so that the states worth keeping can be kept.
+
+        Every end before the prompt's own costs the request a step. vLLM ends a chunk at the last
+        checkpoint boundary and again at the prompt's last page. The first is of no use where only
+        the prompt's own state is kept, which is the later one; the second only where it spares
+        a later prompt enough tokens.
+        """
+        clipped = super()._mamba_block_aligned_split(
+            request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+        )
+        hit = num_new_local_computed_tokens
+        start = request.num_computed_tokens + hit + num_external_computed_tokens
+        end, prompt = start + num_new_tokens, request.num_prompt_tokens
+        if (
+            clipped == num_new_tokens
+            or end < prompt
+            or request.num_tokens > prompt  # resumed: its answer so far is computed again
+            or start < request.shared_prefix_boundary < end
+        ):
+            return clipped
+        spacing = self.cache_config.block_size
+        # A running state that is inside of a checkpoint's block may not leave it: the block would
+        # be published with a state that is not its end's.
+        limit = end if start % spacing == 0 else min(end, ceil_div(start, spacing) * spacing)
+        if limit < prompt or self.kv_cache_manager.coordinator.retention_interval != 0:
+            return clipped
+        kept = get_mamba_prefill_checkpoint_position(
+            prompt, self.hash_block_size, drop_eagle_block=False
+        )
+        if kept > start and kept - hit >= self.kv_cache_manager.config.tail_tokens:
+            return kept - start
+        return num_new_tokens
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add the arena's counters to vLLM's statistics."""

@@ -41,6 +41,10 @@ class ArenaBlockTables(BlockTables):
         by_handle: Of each group, whether its kernels resolve handles themselves.
         keep_rows: Whether to keep each request's physical SSM blocks by request slot as well as by
             batch row. The state copies of prefix caching read them so.
+
+    Attributes:
+        kinds: Pool of each cache group.
+        handles: int32 ``[request slots, pages]`` for each group: handles, as vLLM staged them.
     """
 
     def __init__(
@@ -61,8 +65,8 @@ class ArenaBlockTables(BlockTables):
         )
         assert stock.cp_size == 1, "context parallelism is refused at start-up"
         assert self.fused_writer is not None, "an arena has two groups"
-        self._kinds = kinds
-        self._handles = [table.gpu for table in self.block_tables]
+        self.kinds = kinds
+        self.handles = [table.gpu for table in self.block_tables]
         self._handle_ptrs = self.block_table_ptrs
         self.slot_mappings.fill_(PAD_SLOT)
         self._launches: list[_Launch] = []
@@ -96,9 +100,9 @@ class ArenaBlockTables(BlockTables):
     ) -> _Launch:
         """Make the launch that fills the tables of neighbouring groups."""
         resolver = Resolver(
-            [self._handles[group] for group in groups],
+            [self.handles[group] for group in groups],
             [self.block_sizes[group] for group in groups],
-            [self._kinds[group] is Kind.SSM for group in groups],
+            [self.kinds[group] is Kind.SSM for group in groups],
             self.max_num_batched_tokens,
             has_slots=[has_slots[group] for group in groups],
         )

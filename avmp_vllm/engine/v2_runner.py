@@ -22,7 +22,9 @@ from avmp_vllm.engine import handle_kernels, seams
 from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
 from avmp_vllm.engine.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.scheduler import PLAN
 from avmp_vllm.engine.v2_block_tables import ArenaBlockTables
+from avmp_vllm.engine.v2_check import BatchCheck
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -36,12 +38,15 @@ class AVMPModelRunnerV2(GPUModelRunner):
     _block_tables: ArenaBlockTables
     _page_table: DevicePageTable
     _plans: PlanApplier | None = None
+    _check: BatchCheck | None = None
+    _planned = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         seams.install(seams.RUNNER_V2)
         super().__init__(*args, **kwargs)
         config = selected(self.vllm_config.additional_config)
         assert config is not None
+        self._verify = config.verify
         self._by_handle = config.kernels == "handles"
         if self._by_handle:
             handle_kernels.register()
@@ -89,6 +94,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
             self._page_table.warm_up()
             buffer.warm_up()
             self._plans = PlanApplier(self._page_table, buffer)
+            if self._verify:
+                self._check = BatchCheck(self._block_tables, self._page_table.resident, geometry)
 
     def _init_kv_zero_meta(self) -> None:
         """Nothing to prepare: move plans zero pages, by kind."""
@@ -97,12 +104,20 @@ class AVMPModelRunnerV2(GPUModelRunner):
         """Apply the step's plan, even if the step has no tokens, then run it."""
         if self._plans is not None:
             self._plans.apply_from(scheduler_output)
+        # Under verification every step of the scheduler has a plan; warm-ups and dummies have none.
+        self._planned = getattr(scheduler_output, PLAN, None) is not None
         return super().execute_model(scheduler_output, *args, **kwargs)
 
     def prepare_attn(
         self, input_batch: InputBatch
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
-        """Gather and resolve the batch's block tables and slot mapping."""
+        """Gather and resolve the batch's block tables and slot mapping.
+
+        Raises:
+            InvariantViolation: Under verification, naming the first handle that names no page.
+        """
+        if self._check is not None and self._planned:
+            self._check.check(input_batch)
         return self._block_tables.resolve(input_batch)
 
     def prepare_dummy_attn(
@@ -115,7 +130,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
 
     def shutdown(self) -> None:
         """Let go of the arena's bytes with everything else."""
-        self._plans = None
+        self._plans = self._check = None
         super().shutdown()
 
 

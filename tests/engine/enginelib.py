@@ -68,7 +68,8 @@ def engine(model: str, *, avmp: dict[str, Any] | None = None, **options: Any) ->
         **options,
     }
     if avmp is not None:
-        avmp = {"verify": True, **avmp}
+        # Short prompts are worth a state here, or next to nothing would hit.
+        avmp = {"verify": True, "tail_tokens": 0, **avmp}
         arguments["additional_config"] = {"block_manager": "avmp", "avmp": avmp}
     llm = LLM(model, **arguments)
     try:

@@ -9,6 +9,7 @@ from enginelib import assert_nothing_held, engine, scheduler_of, tokens
 from vllm import SamplingParams
 
 from avmp_vllm.core import Kind
+from avmp_vllm.engine.config import AVMPConfig
 
 
 def _answer(llm, prompt, max_tokens=8):
@@ -74,6 +75,65 @@ def test_a_long_decode_keeps_the_states_that_the_spacing_asks_for(
         assert sum(taken) == checkpoints + 2
         assert manager.arena.statistics.peak_used[Kind.SSM] <= 3
         assert_nothing_held(llm)
+
+
+#: By least worth of a state: tokens that are cached, tokens of the prompt, its prefill's chunks.
+CHUNKS = {
+    0: [(0, 90, [64, 26]), (128, 200, [64, 8])],
+    128: [
+        (0, 90, [90]),  # a state after 64 tokens is not worth a step
+        (0, 150, [128, 22]),
+        (0, 577, [576, 1]),  # past the checkpoints at 128, 256, 384 and 512
+        (128, 200, [72]),
+        (160, 250, [90]),
+        # A state inside of a checkpoint's block stays there: nothing else is published for it.
+        (160, 400, [96, 128, 16]),
+    ],
+}
+
+
+def test_a_prompt_is_cut_only_for_a_state_worth_keeping(tiny_jamba):
+    """Each cut is a step that the first token waits for; no cut publishes a wrong state."""
+    rng = random.Random(9)
+    answers = []
+    for tail_tokens, cases in CHUNKS.items():
+        with engine(
+            tiny_jamba,
+            avmp={"checkpoint_tokens": 128, "tail_tokens": tail_tokens},
+            enable_prefix_caching=True,
+            max_model_len=1024,
+            max_num_batched_tokens=1024,
+        ) as llm:
+            scheduler = scheduler_of(llm)
+            scheduled = []
+            schedule = scheduler.schedule
+
+            def noting(*args, schedule=schedule, scheduled=scheduled, **kwargs):
+                output = schedule(*args, **kwargs)
+                scheduled.append(output.total_num_scheduled_tokens)
+                return output
+
+            scheduler.schedule = noting
+            for hit, length, chunks in cases:
+                prompt = tokens(rng, length)
+                if hit:
+                    scheduler.kv_cache_manager.config = AVMPConfig(tail_tokens=0)
+                    _answer(llm, prompt[: hit + 1])
+                    scheduler.kv_cache_manager.config = AVMPConfig(tail_tokens=tail_tokens)
+                scheduled.clear()
+                answer, found = _answer(llm, prompt)
+                assert found == hit
+                assert scheduled[: len(chunks)] == chunks
+                assert set(scheduled[len(chunks) :]) <= {0, 1}
+                answers.append((prompt, answer))
+                # Whatever was published on the way, a shorter prompt computes from it.
+                for shorter in range(65, length, 64):
+                    answers.append((prompt[:shorter], _answer(llm, prompt[:shorter])[0]))
+            scheduler.kv_cache_manager.verify()
+            assert_nothing_held(llm)
+    with engine(tiny_jamba, max_model_len=1024, max_num_batched_tokens=1024) as llm:
+        for prompt, answer in answers:
+            assert _answer(llm, prompt)[0] == answer
 
 
 def test_reset_frees_everything(tiny_jamba):
