@@ -37,6 +37,9 @@ BENCHMARKS: dict[str, Command] = {
         "avmp_vllm.bench.scheduler.command", "vLLM's real scheduler on real traces, no model"
     ),
     "serve": Command("avmp_vllm.bench.serve.command", "AVMP and stock vLLM in turn, over HTTP"),
+    "engine": Command(
+        "avmp_vllm.bench.engine.command", "AVMP and stock vLLM as whole engines, stepped in turn"
+    ),
     "bands": Command("avmp_vllm.bench.bands", "record a live engine's bands, for `avmp plot`"),
     "scan": Command("avmp_vllm.bench.scan", "the compiled scan of Mamba-1 on CPU"),
     "kernels": Command("avmp_vllm.bench.kernels", "the Triton kernels on a GPU: right, then fast"),

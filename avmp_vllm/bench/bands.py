@@ -8,14 +8,15 @@ same file gives the same recording.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from avmp_vllm.bench import results
+from avmp_vllm.bench.in_process import engine_in_process
 from avmp_vllm.bench.inputs import InputError
 from avmp_vllm.bench.tables import table
 from avmp_vllm.core import Arena, Kind
@@ -97,34 +98,22 @@ class Recorder:
         self.rows.append(row)
 
 
-@contextlib.contextmanager
-def _engine(model: Path, parameters: dict[str, Any]) -> Iterator[LLM]:
+def _engine(model: Path, parameters: dict[str, Any]) -> AbstractContextManager[LLM]:
     """The engine in this process, so that its arena can be read."""
     os.environ.update(ENVIRONMENT)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM
-
-    llm = LLM(
-        str(model),
+    return engine_in_process(
+        model,
         dtype="float32",
-        distributed_executor_backend="uni",
         enforce_eager=True,
         max_model_len=parameters["max_model_len"],
         kv_cache_memory_bytes=parameters["arena_mib"] << 20,
         enable_prefix_caching=True,
         max_num_seqs=parameters["concurrency"],
-        seed=0,
-        disable_log_stats=False,
         additional_config={
             "block_manager": "avmp",
             "avmp": {"migration_batch": parameters["migration_batch"]},
         },
     )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
 
 
 def _play(llm: LLM, phases: Sequence[Phase], recorder: Recorder, scheduler: Any) -> list[int]:
@@ -274,13 +263,7 @@ def _run(args: argparse.Namespace) -> int:
     if output:
         results.write(output, result)
         print(f"Written: {output}")
-    if old:
-        found = list(results.differences(old["counts"], counts))
-        for line in found[:10]:
-            print(f"DIFFERS {line}")
-        print(f"Check of {args.check}: {len(found)} difference(s).")
-        return int(bool(found))
-    return 0
+    return int(old is not None and results.compare(args.check, old, result))
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 
+class OptionError(ValueError):
+    """An option whose value cannot be used; names both."""
+
+
 class InputError(ValueError):
     """A file that a user named is missing or ill-formed.
 

@@ -20,12 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from avmp_kernels import workloads
 from avmp_kernels.measure import Limits, measure_limits, time_launch
 from avmp_kernels.workloads import Workload
 
-from avmp_vllm.bench import results, stock_kernels
+from avmp_vllm.bench import card, results, stock_kernels
 from avmp_vllm.bench.tables import table
 
 _MIB = 1 << 20
@@ -201,14 +200,7 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "format": results.FORMAT,
         "benchmark": "kernels",
-        "environment": results.environment(0, ("torch", "triton", "vllm"))
-        | {
-            "card": torch.cuda.get_device_name(device),
-            "capability": list(torch.cuda.get_device_capability(device)),
-            "cuda": torch.version.cuda,
-            "driver": _driver_version(),
-            "triton": triton.__version__,
-        },
+        "environment": results.environment(0, ("torch", "triton", "vllm")) | card.describe(device),
         "parameters": {"only": args.only, "milliseconds": args.milliseconds, "stock": reason},
         "counts": {"wrong": wrong},
         "timings": {
@@ -221,9 +213,3 @@ def run(args: argparse.Namespace) -> int:
     results.write(args.output, result)
     print(f"Written to {args.output} after {time.monotonic() - began:.0f} s")
     return 1 if wrong else 0
-
-
-def _driver_version() -> int | None:
-    """Return the CUDA version that the driver supports, as the driver counts (13010 is 13.1)."""
-    count = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return count() if count else None

@@ -56,14 +56,19 @@ def write_checkpoint(path: str | Path, config: PretrainedConfig, *, seed: int = 
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     tokenizer = build_tokenizer()
     with torch.no_grad():
-        _draw_weights(model, torch.Generator().manual_seed(seed), readable_ids(tokenizer))
+        draw_weights(model, torch.Generator().manual_seed(seed), readable_ids(tokenizer))
     model.to(dtype).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
 
 
-def _draw_weights(model: nn.Module, generator: torch.Generator, spoken: list[int]) -> None:
+def draw_weights(model: nn.Module, generator: torch.Generator, spoken: list[int]) -> None:
     """Redraw the weights in place.
+
+    Args:
+        model: Of transformers or of vLLM; names of parameters decide what is drawn how.
+        generator: On the parameters' device.
+        spoken: Tokens that the model may answer with.
 
     Matrices are normal with a variance of 1 / fan-in, so that every layer adds as much to the
     residual stream as the embedding brought. Rows of the head outside ``spoken`` are zero: those

@@ -17,6 +17,7 @@ from avmp_vllm.bench.inputs import InputError
 PICTURES = {
     "bands": ("avmp_vllm.plots.bands", "draw"),
     "serve": ("avmp_vllm.plots.ratios", "draw_serve"),
+    "engine": ("avmp_vllm.plots.ratios", "draw_engine"),
     "scheduler": ("avmp_vllm.plots.ratios", "draw_scheduler"),
     "plan": ("avmp_vllm.plots.capacity", "draw"),
     "paper": ("avmp_vllm.plots.paper", "draw"),

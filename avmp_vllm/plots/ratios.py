@@ -16,10 +16,10 @@ from avmp_vllm.plots import style
 
 #: Ticks of the logarithmic axis; those within its range are used.
 TICKS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50)
-
-
 #: Those of a wide range.
 COARSE = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50)
+#: Where the axis begins at the latest; a ratio may be 0.
+LEAST = 0.04
 
 
 class Ratio(NamedTuple):
@@ -61,7 +61,7 @@ def panels(groups: Mapping[str, Sequence[Ratio]], title: str) -> Figure:
         rows, columns, size=(5.0 * columns, rows * (0.9 + 0.3 * tallest) + 0.6)
     )
     everything = [ratio for ratios in groups.values() for ratio in ratios]
-    low = min(0.9, *(ratio.low for ratio in everything)) / 1.05
+    low = max(min(0.9, *(ratio.low for ratio in everything)) / 1.05, LEAST)
     high = max(1.1, *(ratio.high for ratio in everything)) * 1.05
     for one in axes[len(groups) :]:
         one.axis("off")
@@ -150,3 +150,22 @@ def draw_scheduler(result: Mapping[str, Any]) -> dict[str, Figure]:
         f"intervals over {parameters['seeds']} seeds"
     )
     return {"scheduler": panels(groups, title)}
+
+
+def draw_engine(result: Mapping[str, Any]) -> dict[str, Figure]:
+    """``engine``: a panel for every workload and variant."""
+    from avmp_vllm.bench.engine import report
+    from avmp_vllm.bench.engine.workloads import workloads
+
+    groups = {}
+    for workload in workloads(result["parameters"]):
+        ratios = result["timings"]["workloads"][workload.name]["ratios"]
+        for variant, found in ratios.items():
+            groups[f"{workload.name}: {variant} / stock"] = [
+                Ratio(label(row.label, row.more), *found[row.key], row.more)
+                for row in report.rows(workload)
+                if row.key in found
+            ]
+    count = result["parameters"]["rounds"]
+    title = f"whole engines stepped in turn, same cache bytes; 95% intervals, {count} rounds"
+    return {"engine": panels({name: rows for name, rows in groups.items() if rows}, title)}

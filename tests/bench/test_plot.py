@@ -9,6 +9,8 @@ import pytest
 
 from avmp_vllm.bench import results
 from avmp_vllm.bench.bands import Recorder
+from avmp_vllm.bench.engine import command as engine
+from avmp_vllm.bench.engine.workloads import workloads
 from avmp_vllm.bench.serve import command as serve
 from avmp_vllm.bench.serve import report
 from avmp_vllm.cli import main
@@ -122,7 +124,19 @@ def _scheduler():
     return _result("scheduler", counts, timings, model="m.json", trace="t.csv", seeds=2)
 
 
+def _engine():
+    row = {"step_mean_ms": [1.0, 0.9, 1.1], "preemptions": [0.1, 0.0, 0.5]}
+    parameters = {name: sizes[0] for name, sizes in engine.DEFAULTS.items()}
+    parameters |= {"batches": [1, 16], "arena_mib": {"ample": 64, "tight": 4}, "rounds": 8}
+    made = {
+        one.name: {"ratios": dict.fromkeys(("avmp", "stock again"), row)}
+        for one in workloads(parameters)
+    }
+    return _result("engine", {}, {"workloads": made}, **parameters)
+
+
 MADE = {
+    "engine": (_engine, {"engine"}),
     "bands": (_bands, {"bands"}),
     "serve": (_serve, {"serve"}),
     "paper": (_paper, {"paper-batches", "paper-phases", "paper-served"}),
