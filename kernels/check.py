@@ -5,6 +5,8 @@ Release mode needs none of this: a handle that names no page resolves to the nul
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -95,14 +97,23 @@ class HandleCheck:
                 num_warps=4,
             )
 
-    def raise_if_bad(self) -> None:
-        """Wait for the checks so far; raise ValueError naming the first bad handle, if any."""
+    def raise_if_bad(self, requests: Sequence[str] | None = None) -> None:
+        """Wait for the checks so far.
+
+        Args:
+            requests: Names of the rows, for the message.
+
+        Raises:
+            ValueError: Naming the first bad handle, if there is one.
+        """
         for group, first in enumerate(self._first.tolist()):
             if first != _NONE:
                 self._first.fill_(_NONE)
-                raise ValueError(self._describe(group, first >> 32, first & 0xFFFFFFFF))
+                row, column = first >> 32, first & 0xFFFFFFFF
+                owner = f"row {row}" if requests is None else f"request {requests[row]}"
+                raise ValueError(self._describe(group, row, column, owner))
 
-    def _describe(self, group: int, row: int, column: int) -> str:
+    def _describe(self, group: int, row: int, column: int, owner: str) -> str:
         table, is_ssm, pages = self._tables[group]
         handle = int(table[row, column])
         pool, size = ("SSM", pages.num_ssm) if is_ssm else ("KV", pages.num_kv)
@@ -115,6 +126,6 @@ class HandleCheck:
             entry = int(pages.entries[page_id + (pages.num_kv if is_ssm else 0)])
             why = "it is not mapped" if entry == 0 else f"it maps to {entry}, outside of the arena"
         return (
-            f"bad handle {handle:#x} ({pool} page id {page_id}) in group {group}, row {row}, "
+            f"bad handle {handle:#x} ({pool} page id {page_id}) in group {group}, {owner}, "
             f"column {column}: {why}"
         )

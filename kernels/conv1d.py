@@ -187,11 +187,21 @@ def _update_kernel(
     tl.store(out_at, y.to(out.dtype.element_ty), mask=in_dim)
 
 
+def check_width(width: int) -> None:
+    """Raise ValueError for a convolution that the kernels do not take."""
+    if width < 2:
+        raise ValueError(
+            f"a causal convolution over {width} input is not taken by AVMP's kernels; they take 2 "
+            "and more: set kernels to 'resolved' to use vLLM's"
+        )
+
+
 def _checked(x: torch.Tensor, states: torch.Tensor, weight: torch.Tensor) -> tuple[int, int]:
     """Return the number of channels and the width after checking the shapes and the type."""
     check_supported(states.dtype)
     dim, width = weight.shape
-    if width < 2 or x.shape[1] != dim or states.shape[1:] != (dim, width - 1):
+    check_width(width)
+    if x.shape[1] != dim or states.shape[1:] != (dim, width - 1):
         raise ValueError(
             f"weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} and states "
             f"{tuple(states.shape)}: states hold width - 1 inputs of every channel"

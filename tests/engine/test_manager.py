@@ -8,6 +8,7 @@ another system's user that it answers.
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -25,8 +26,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.backing.page_table import PageTable
-from avmp_vllm.core import AllocationFailure, Kind
-from avmp_vllm.engine.layout import arena_config
+from avmp_vllm.core import AllocationFailure, ArenaTooSmall, Kind
+from avmp_vllm.engine.layout import arena_config, blocks_per_request, group_of
 from avmp_vllm.engine.scheduler import PLAN, AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
@@ -53,6 +54,8 @@ class Driver:
         scheduler: Which of the two schedulers.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
+        checkpoints: Whether the layers save a state in the middle of a prefill, as Mamba-2 on CUDA.
+        ahead: Steps that are scheduled before the output of the first of them arrives.
     """
 
     def __init__(
@@ -63,6 +66,8 @@ class Driver:
         scheduler: type = AVMPScheduler,
         batch: int = 1,
         growth: int = 64,
+        checkpoints: bool = False,
+        ahead: int = 0,
     ) -> None:
         config = EngineArgs(
             model=model,
@@ -74,7 +79,12 @@ class Driver:
             enforce_eager=True,
             additional_config={
                 "block_manager": "avmp",
-                "avmp": {"migration_batch": batch, "growth_tokens": growth, "verify": True},
+                "avmp": {
+                    "migration_batch": batch,
+                    "growth_tokens": growth,
+                    "tail_tokens": 0,
+                    "verify": True,
+                },
             },
         ).create_engine_config()
         kv_cache_utils.init_none_hash(sha256_cbor)
@@ -87,6 +97,8 @@ class Driver:
             dtypes=(torch.float32, torch.float32),
             mamba_type=MambaAttentionBackendEnum.MAMBA1,
             mamba_cache_mode="align" if caching else "none",
+            num_prefill_checkpoint_blocks=int(checkpoints),
+            prefill_checkpoint_alignment=1 if checkpoints else None,
         )
         layers = {f"layers.{i}": kv if i % 4 == 2 else ssm for i in range(8)}
         cache = arena_config(config, layers, arena_bytes)
@@ -106,6 +118,8 @@ class Driver:
         self.arena = self.manager.arena
         self.table = PageTable(self.arena.geometry)
         self.plans = 0
+        self._ahead = ahead
+        self._running: deque[tuple[SchedulerOutput, list[list[int]]]] = deque()
         self.hits: dict[str, int] = {}
         self.finished: list[str] = []
 
@@ -136,13 +150,20 @@ class Driver:
         self.apply(output)
         for new in output.scheduled_new_reqs:
             self.hits.setdefault(new.req_id, new.num_computed_tokens)
-        names = list(output.num_scheduled_tokens)
         requests = self.scheduler.requests
         # A step that computed a request's last known token is followed by a new one.
         tokens = [
             [len(name)] if requests[name].num_computed_tokens >= requests[name].num_tokens else []
-            for name in names
+            for name in output.num_scheduled_tokens
         ]
+        self._running.append((output, tokens))
+        if len(self._running) > self._ahead or not tokens:
+            self._finish(*self._running.popleft())
+        return output
+
+    def _finish(self, output: SchedulerOutput, tokens: list[list[int]]) -> None:
+        """Hand a step's tokens to the scheduler."""
+        names = list(output.num_scheduled_tokens)
         self.scheduler.update_from_output(
             output,
             ModelRunnerOutput(
@@ -151,8 +172,7 @@ class Driver:
                 sampled_token_ids=tokens,
             ),
         )
-        self.finished += [name for name in names if name not in requests]
-        return output
+        self.finished += [name for name in names if name not in self.scheduler.requests]
 
     def step_unverified(self) -> SchedulerOutput:
         """One step while the test itself holds pages, which verification would miss an owner of."""
@@ -218,6 +238,46 @@ def test_a_request_that_fills_the_arena_is_not_requeued_for_ever(model: str, cac
     driver.run(limit=2_000)
     assert len(driver.finished) == 10
     driver.check_empty()
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("short_of", [0, 1])
+def test_the_smallest_arena_serves_the_longest_request(
+    model: str, checkpoints: bool, short_of: int
+) -> None:
+    """What start-up asks for is what a request holds at most: alone, none is ever preempted.
+
+    The control: with one state less, some are.
+    """
+    page, block = 2 * 16_384, 6 * 19_456
+    states = 3 + checkpoints
+    least = (1 + states - short_of) * block + MAX_MODEL_LEN // PAGE_TOKENS * page
+    driver = Driver(
+        model, -(-least // page) * page, True, AVMPAsyncScheduler, checkpoints=checkpoints, ahead=1
+    )
+    spec = group_of(driver.scheduler.kv_cache_config, Kind.SSM).kv_cache_spec
+    assert blocks_per_request(spec) == states
+    geometry = driver.arena.geometry
+    if short_of:
+        with pytest.raises(ArenaTooSmall, match=f"{states} SSM block"):
+            geometry.require_one_request(MAX_MODEL_LEN, states)
+    else:
+        geometry.require_one_request(MAX_MODEL_LEN, states)
+        assert not geometry.fits(MAX_MODEL_LEN // PAGE_TOKENS + 1, states)
+    preemptions = 0
+    for length in (100, 129, 160, 256, 300, 384, 500, 640, 700, 900, 990):
+        # Alone, then hitting its own state, then continued beyond it up to the longest.
+        first = prompt(length, length)
+        longer = first + prompt((length, "more"), min(90, MAX_MODEL_LEN - length - 1))
+        for turn, tokens in enumerate((first, first, longer)):
+            room = MAX_MODEL_LEN - len(tokens)
+            request = driver.add(f"{length}.{turn}", tokens, room if turn == 2 else min(room, 40))
+            driver.run(limit=3_000)
+            preemptions += request.num_preemptions
+    assert len(driver.finished) == 33
+    assert max(driver.hits.values()) > 0
+    assert driver.arena.statistics.peak_used[Kind.SSM] == states
+    assert (preemptions > 0) is bool(short_of)
 
 
 @pytest.mark.parametrize("scheduler", [AVMPScheduler, AVMPAsyncScheduler])

@@ -15,21 +15,58 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enginelib import engine, greedy, short_prompts, stock_answers
+from enginelib import stock_answers
 
 from avmp_vllm.engine.config import SELECTED
+from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 
 _SCRIPT = Path(__file__).with_name("v2_process.py")
 
 
 @pytest.fixture(scope="module")
-def done(tiny_jamba, tiny_granite, tmp_path_factory) -> dict[str, dict[str, Any]]:
+def short_jamba(tmp_path_factory) -> str:
+    """A Jamba of four layers: interpreted, a layer costs the same however wide it is."""
+    return str(
+        write_tiny_jamba(
+            tmp_path_factory.mktemp("short"),
+            num_hidden_layers=4,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_key_value_heads=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def wide_jamba(tmp_path_factory) -> str:
+    """A Jamba with a head size that AVMP's kernels do not take."""
+    return str(
+        write_tiny_jamba(
+            tmp_path_factory.mktemp("wide"),
+            num_hidden_layers=2,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            hidden_size=512,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def models(tiny_jamba, tiny_granite, short_jamba, wide_jamba) -> list[str]:
+    """In the order in which the process takes them."""
+    return [tiny_jamba, tiny_granite, short_jamba, wide_jamba]
+
+
+@pytest.fixture(scope="module")
+def done(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
     """Run all scenarios; return what each wrote down."""
     result = tmp_path_factory.mktemp("v2") / "result.json"
     environment = {name: value for name, value in os.environ.items() if name != SELECTED}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(result), tiny_jamba, tiny_granite],
+        [sys.executable, str(_SCRIPT), str(result), *models],
         env=environment,
         capture_output=True,
         text=True,
@@ -41,17 +78,15 @@ def done(tiny_jamba, tiny_granite, tmp_path_factory) -> dict[str, dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_jamba, tiny_granite) -> dict[str, list[list[list[int]]]]:
+def expected(tiny_jamba, tiny_granite, short_jamba) -> dict[str, list[list[list[int]]]]:
     """Stock vLLM's answers to the scenarios' workloads (seed, prompts, new tokens)."""
-    short = {}
-    for name, model in (("handles", tiny_jamba), ("handles_granite", tiny_granite)):
-        with engine(model) as llm:
-            short[name] = greedy(llm, short_prompts(), 5)
     return {
-        **short,
         "no_cache": stock_answers(tiny_jamba, 3, 12, 24),
         "cache": stock_answers(tiny_jamba, 1, 8, 12),
         "granite": stock_answers(tiny_granite, 1, 8, 12),
+        "handles": stock_answers(short_jamba, 1, 5, 12),
+        "handles_granite": stock_answers(tiny_granite, 1, 5, 12),
+        "unchecked": stock_answers(short_jamba, 1, 3, 6),
     }
 
 
@@ -104,13 +139,22 @@ def test_cache_for_graph_profiling(done, expected):
 
 @pytest.mark.parametrize("name", ["handles", "handles_granite"])
 def test_kernels_by_handle(done, expected, name):
-    """``kernels: handles``: AVMP's attention on its 16-token pages, and its Mamba-1 kernels."""
+    """``kernels: handles`` under pressure: AVMP's attention and its Mamba-1 kernels.
+
+    With prefix cache and asynchronous scheduling, while capacity migrates, live pages relocate and
+    requests are preempted.
+    """
     did = done[name]
     assert did["page_tokens"] == 16
     assert "HandleAttentionBackend" in did["backends"]
     # Mamba-2 keeps vLLM's kernels, over resolved indices.
     assert did["ssm_handles"] is (name == "handles")
-    assert did["rounds"] == [expected[name]]
+    assert did["scheduler"] == "AVMPAsyncScheduler"
+    assert did["migrations"] > 0
+    assert did["relocations"] > 0
+    assert did["preemptions"] > 0
+    assert did["hits"] > 0
+    assert did["rounds"] == [expected[name]] * 2
 
 
 @pytest.mark.parametrize("name", ["no_table_writes", "no_copies", "no_rows"])
@@ -118,3 +162,56 @@ def test_control_broken_plans_change_answers(done, expected, name):
     """The tests above would notice what is left out on the device."""
     assert done[name]["relocations"] > 0
     assert done[name]["rounds"] != [expected["cache"]]
+
+
+def test_control_stale_page_table_changes_answers_by_handle(done, expected):
+    """And so they would where kernels resolve handles by themselves."""
+    did = done["handles_no_table_writes"]
+    assert did["relocations"] > 0
+    assert did["ssm_handles"]
+    assert did["rounds"] != [expected["handles"]]
+
+
+def test_debug_mode_names_the_first_bad_handle(done):
+    """With ``verify``: handles and page-table entries of both pools, before the forward pass."""
+    said = done["corrupted"]["said"]
+    why = {
+        "of the other pool": "is not a handle of the {} pool",
+        "beyond the table": "the page table has",
+        "negative": "is not a handle of the {} pool",
+        "unmapped": "it is not mapped",
+        "outside of the arena": "it maps to 1048576, outside of the arena",
+    }
+    assert len(said) == 2 * len(why)
+    for case, text in said.items():
+        pool, what = case.split(" ", 1)
+        assert text.startswith("bad handle"), f"{case}: {text}"
+        assert why[what].format(pool.upper()) in text, case
+    assert "bad handle 0x5" in done["corrupted"]["ended"]
+    assert done["corrupted"]["ran"] == 0
+
+
+@pytest.mark.parametrize("name", ["unchecked", "unchecked_handles"])
+def test_release_mode_sends_bad_handles_to_null(done, expected, name):
+    """Without ``verify``: only the request whose handles are bad gets another answer."""
+    did, stock = done[name], expected["unchecked"]
+    assert did["checks"] is False
+    assert did["damaged"] > 1
+    assert did["pools_seen"] == 2
+    assert not did["null_given"]
+    (answers,) = did["rounds"]
+    assert answers[1:] == stock[1:]
+    assert answers[0] != stock[0]
+
+
+def test_unsupported_shapes_are_refused_at_start(done):
+    """Each error names the value and the setting that works."""
+    said = done["refusals"]
+    for name, value in (
+        ("head size", "head_size = 512"),
+        ("page size", "page_tokens = 48"),
+        ("KV dtype", "kv_cache_dtype = fp8_e5m2"),
+    ):
+        assert value in said[name]
+        assert "set kernels to 'resolved'" in said.pop(name)
+    assert not said

@@ -1,4 +1,4 @@
-"""Model Runner V2 without a GPU: ``python v2_process.py RESULT.json JAMBA GRANITE``.
+"""Model Runner V2 without a GPU: ``python v2_process.py RESULT.json JAMBA GRANITE SHORT WIDE``.
 
 V2 needs Triton, whose interpreter can only be chosen for a whole process. So the V2 tests run in
 this one, a scenario after another, and write down what happened.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton_on_cpu  # noqa: F401
 
 # isort: split
+import gc
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from avmp_kernels import selective_scan, state_update
 from enginelib import (
     assert_nothing_held,
     counted,
@@ -29,8 +31,8 @@ from enginelib import (
     mixed_prompts,
     runner_of,
     scheduler_of,
-    short_prompts,
 )
+from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.worker import mamba_utils
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
@@ -38,22 +40,31 @@ from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.engine.plans import bytes_behind
 
-# Programs a state in the copies of prefix caching; each costs the interpreter a millisecond.
+# Fewer and larger programs: one costs the interpreter as much as it has steps, however wide they
+# are. Programs of a state in the copies of prefix caching; state elements of a program of AVMP's.
 mamba_utils._TEMPORAL_TILES = 1
+selective_scan._TILE = state_update._TILE = 1 << 20
 
-#: Of each scenario: arena bytes, prefix caching, and the mixed prompts (seed, count, new tokens).
-#: Chosen so that capacity migrates, live pages relocate and requests are preempted.
+#: Of each scenario: arena bytes, longest request, prefix caching, and the mixed prompts (seed,
+#: count, new tokens). Chosen so that capacity migrates, live pages relocate and requests are
+#: preempted.
 WORKLOADS = {
-    "no_cache": (1_300_000, False, (3, 12, 24)),
-    "cache": (1_200_000, True, (1, 8, 12)),
-    "granite": (880_000, True, (1, 8, 12)),
+    "no_cache": (1_300_000, 512, False, (3, 12, 24)),
+    "cache": (1_200_000, 512, True, (1, 8, 12)),
+    "granite": (880_000, 512, True, (1, 8, 12)),
+    "handles": (330_000, 320, True, (1, 5, 12)),
+    "handles_granite": (680_000, 320, True, (1, 5, 12)),
 }
 
 
 @contextmanager
 def workload(name: str, model: str, **options: Any) -> Iterator[Any]:
-    """An engine under pressure, and a function that serves the workload's prompts once."""
-    memory, caching, (seed, count, new_tokens) = WORKLOADS[name]
+    """An engine under pressure, and a function that serves the workload's prompts once.
+
+    Every second time it serves them in the opposite order: what the time before cached last is then
+    asked for before it is evicted.
+    """
+    memory, longest, caching, (seed, count, new_tokens) = WORKLOADS[name]
     # Without room to grow, so that requests are admitted until some must be preempted.
     avmp = {
         "checkpoint_tokens": 128,
@@ -65,22 +76,38 @@ def workload(name: str, model: str, **options: Any) -> Iterator[Any]:
         model,
         avmp=avmp,
         kv_cache_memory_bytes=memory,
+        max_model_len=longest,
         enable_prefix_caching=caching,
         **options,
     ) as llm:
-        # Temperature 0 takes the sampler's argmax; the top-k kernel does not run interpreted.
-        yield llm, lambda: greedy(llm, mixed_prompts(seed, count), new_tokens, temperature=0)
+        order = 1
+
+        def once() -> list[list[list[int]]]:
+            nonlocal order
+            prompts = mixed_prompts(seed, count)[::order]
+            # Temperature 0 takes the sampler's argmax; the top-k kernel does not run interpreted.
+            answers = greedy(llm, prompts, new_tokens, temperature=0)[::order]
+            order = -order
+            return answers
+
+        yield llm, once
 
 
 def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, Any]:
-    """Serve a workload some times (the second hits a prefix cache) and say what happened."""
+    """Serve a workload some times (the second may hit a prefix cache) and say what happened."""
     with workload(name, model, **options) as (llm, once):
         answers = [once() for _ in range(rounds)]
         assert_nothing_held(llm)
         did = counted(llm)
+        runner = runner_of(llm)
+        hits = next(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
         return {
             "rounds": answers,
-            "runner": type(runner_of(llm)).__name__,
+            "runner": type(runner).__name__,
+            "page_tokens": runner.kv_cache_config.geometry.page_tokens,
+            "backends": sorted({g.backend.__name__ for gs in runner.attn_groups for g in gs}),
+            "ssm_handles": bool((runner.block_tables.input_block_tables[1] >> 30).any()),
+            "hits": hits,
             "scheduler": type(scheduler_of(llm)).__name__,
             "migrations": sum(did.statistics.migrations.values()),
             "relocations": sum(did.statistics.relocations.values()),
@@ -88,12 +115,17 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
         }
 
 
-def broken(model: str, *patches: Any) -> dict[str, Any]:
+def by_handle(name: str, model: str, **avmp: Any) -> dict[str, Any]:
+    """Serve a workload with AVMP's own kernels, steps scheduled ahead."""
+    return serve(name, model, async_scheduling=True, avmp={"kernels": "handles", **avmp})
+
+
+def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[str, Any]:
     """Serve a workload with something left out; checks that would notice it are off."""
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        return serve("cache", model, rounds=1, avmp={"verify": False})
+        return serve(name, model, rounds=1, avmp={"verify": False, **avmp})
 
 
 def without_rows() -> Any:
@@ -224,23 +256,139 @@ def graph_profiling(model: str) -> dict[str, Any]:
         }
 
 
-def by_handle(model: str) -> dict[str, Any]:
-    """AVMP's own kernels. Interpreted, their scan takes a second for a few tokens of prompt."""
-    with engine(model, avmp={"kernels": "handles"}, enable_prefix_caching=True) as llm:
+def corrupted(model: str) -> dict[str, Any]:
+    """Under verification: bad handles and page-table entries, and what the check says of each."""
+    from avmp_vllm.core import SSM_TAG, InvariantViolation, Kind
+    from avmp_vllm.engine.v2_check import BatchCheck
+
+    said: dict[str, str] = {}
+    steps = good_steps = 0
+
+    with engine(model, avmp={}, max_model_len=320, kv_cache_memory_bytes=330_000) as llm:
+        runner = runner_of(llm)
+        tables, entries = runner.block_tables, runner._page_table.resident.entries
+        num_kv = runner._page_table.resident.num_kv
+        checked = BatchCheck.check
+
+        def damaging(self: BatchCheck, batch: Any) -> None:
+            """Before a check of two requests: damage, see what it says, mend."""
+            nonlocal good_steps
+            checked(self, batch)
+            if batch.num_reqs < 2:
+                good_steps += 1
+                return
+            slot = int(batch.idx_mapping[1])
+            for kind, column in ((Kind.KV, 2), (Kind.SSM, 0)):
+                cell = tables.handles[tables.kinds.index(kind)][slot, column : column + 1]
+                handle = int(cell)
+                page_id = handle & (SSM_TAG - 1)
+                entry = entries[page_id + (num_kv if kind is Kind.SSM else 0) :][:1]
+                size = len(entries) - num_kv if kind is Kind.SSM else num_kv
+                for what, where, bad in (
+                    ("of the other pool", cell, handle ^ SSM_TAG),
+                    ("beyond the table", cell, handle - page_id + size),
+                    ("negative", cell, -handle),
+                    ("unmapped", entry, 0),
+                    ("outside of the arena", entry, 1 << 20),
+                ):
+                    good = where.clone()
+                    where.fill_(bad)
+                    try:
+                        checked(self, batch)
+                        said[f"{kind.label} {what}"] = "nothing"
+                    except InvariantViolation as error:
+                        named = hex(int(cell)) in str(error) and batch.req_ids[1] in str(error)
+                        said[f"{kind.label} {what}"] = str(error) if named else f"unnamed: {error}"
+                    where.copy_(good)
+            cell.fill_(5)  # left so: the step must not run
+            checked(self, batch)
+
+        executed = runner.model.forward
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
+            steps += 1
+            return executed(*args, **kwargs)
+
+        ended = ""
+        with (
+            mock.patch.object(BatchCheck, "check", damaging),
+            mock.patch.object(runner.model, "forward", counting),
+        ):
+            try:
+                greedy(llm, mixed_prompts(1, 3), 2, temperature=0)
+            except InvariantViolation as error:
+                ended = str(error)
+    return {"said": said, "ended": ended, "ran": steps - good_steps}
+
+
+def unchecked(model: str, kernels: str) -> dict[str, Any]:
+    """Without verification: one request's first handles name no page; the others do not notice."""
+    from avmp_vllm.core import SSM_TAG, Kind
+    from avmp_vllm.engine.v2_block_tables import ArenaBlockTables
+
+    given: set[int] = set()
+    damaged = 0
+    prompts = mixed_prompts(1, 3)
+    with engine(model, avmp={"verify": False, "kernels": kernels}, max_model_len=320) as llm:
         runner = runner_of(llm)
         geometry = runner.kv_cache_config.geometry
-        answers = greedy(llm, short_prompts(), 5, temperature=0)
+        tables = runner.block_tables
+        checks = runner._check is not None
+        resolved, appended = ArenaBlockTables.resolve, ArenaBlockTables.append_block_ids
+
+        def damaging(self: ArenaBlockTables, batch: Any) -> Any:
+            nonlocal damaged
+            for request, slot in zip(batch.req_ids, batch.idx_mapping.tolist(), strict=True):
+                if request.startswith("0"):
+                    damaged += 1
+                    for table, kind in zip(tables.handles, tables.kinds, strict=True):
+                        # Of the other pool; page 2 is the second request's, or was.
+                        table[slot, 0] = 2 + (SSM_TAG if kind is Kind.KV else 0)
+            return resolved(self, batch)
+
+        def noting(self: ArenaBlockTables, slot: int, ids: Any, overwrite: bool) -> None:
+            given.update(*ids)
+            appended(self, slot, ids, overwrite)
+
+        with (
+            mock.patch.object(ArenaBlockTables, "resolve", damaging),
+            mock.patch.object(ArenaBlockTables, "append_block_ids", noting),
+        ):
+            answers = greedy(llm, prompts, 6, temperature=0)
         assert_nothing_held(llm)
-        tables = runner.block_tables.input_block_tables
+        null = {kind: 0 if kind is Kind.KV else SSM_TAG for kind in Kind}
         return {
             "rounds": [answers],
-            "page_tokens": geometry.page_tokens,
-            "backends": sorted({g.backend.__name__ for gs in runner.attn_groups for g in gs}),
-            "ssm_handles": bool((tables[1] >> 30).any()),
+            "checks": checks,
+            "damaged": damaged,
+            "null_given": bool(given & set(null.values())),
+            "pools_seen": len({handle >> 30 for handle in given}),
+            "pages": geometry.pages,
         }
 
 
-def scenarios(jamba: str, granite: str) -> dict[str, Callable[[], dict[str, Any]]]:
+def refusals(short: str, wide: str) -> dict[str, str]:
+    """What AVMP's kernels do not take, each tried on a real start; the errors by name."""
+    said = {}
+    for name, model, options in (
+        ("head size", wide, {}),
+        ("page size", short, {"avmp": {"page_tokens": 48}}),
+        ("KV dtype", short, {"kv_cache_dtype": "fp8_e5m2"}),
+    ):
+        avmp = {"kernels": "handles", **options.pop("avmp", {})}
+        try:
+            with engine(model, avmp=avmp, **options):
+                said[name] = "started"
+        except ValueError as error:
+            said[name] = str(error)
+            cleanup_dist_env_and_memory()
+    return said
+
+
+def scenarios(
+    jamba: str, granite: str, short: str, wide: str
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """All that this process can do, by name."""
     write_nothing = mock.patch.object(DevicePageTable, "apply", PageTable.apply)
     move_nothing = mock.patch("avmp_vllm.backing.kernel_buffer.relocate")
@@ -249,23 +397,32 @@ def scenarios(jamba: str, granite: str) -> dict[str, Callable[[], dict[str, Any]
         "cache": lambda: serve("cache", jamba),
         "async": lambda: serve("cache", jamba, async_scheduling=True),
         "granite": lambda: serve("granite", granite),
-        "handles": lambda: by_handle(jamba),
-        "handles_granite": lambda: by_handle(granite),
+        "handles": lambda: by_handle("handles", short),
+        "handles_granite": lambda: by_handle("handles_granite", granite),
         "poisoned": lambda: poisoned(jamba),
         "dummy_runs": lambda: dummy_runs(jamba),
         "graph_profiling": lambda: graph_profiling(jamba),
         "no_table_writes": lambda: broken(jamba, write_nothing),
         "no_copies": lambda: broken(jamba, move_nothing),
         "no_rows": lambda: broken(jamba, without_rows()),
+        "handles_no_table_writes": lambda: broken(
+            short, write_nothing, name="handles", kernels="handles"
+        ),
+        "corrupted": lambda: corrupted(short),
+        "unchecked": lambda: unchecked(short, "resolved"),
+        "unchecked_handles": lambda: unchecked(short, "handles"),
+        "refusals": lambda: refusals(short, wide),
     }
 
 
-def main(result: str, jamba: str, granite: str, *names: str) -> None:
+def main(result: str, jamba: str, granite: str, short: str, wide: str, *names: str) -> None:
     """Run the scenarios (default: all) and write what they return."""
     done: dict[str, Any] = {}
-    for name, run in scenarios(jamba, granite).items():
+    for name, run in scenarios(jamba, granite, short, wide).items():
         if names and name not in names:
             continue
+        gc.collect()
+        gc.freeze()  # vLLM collects a dozen times a start, and thaws what it froze
         began = time.monotonic()
         done[name] = run()
         print(f"{name}: {time.monotonic() - began:.1f} s", flush=True)

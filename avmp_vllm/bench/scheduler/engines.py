@@ -247,8 +247,7 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
         config = arena_config(
             vllm_config, _layers(shape, *_specs(shape, settings)), settings.memory
         )
-        assert config.geometry is not None
-        fit_model_len(vllm_config, config.geometry)
+        fit_model_len(vllm_config, config)
     cache.num_gpu_blocks = config.num_blocks
     cache.block_size = min(g.kv_cache_spec.block_size for g in config.kv_cache_groups)
     block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(config, vllm_config)

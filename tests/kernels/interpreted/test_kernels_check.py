@@ -65,3 +65,6 @@ def test_says_why(handle, why) -> None:
     with pytest.raises(ValueError, match=why) as error:
         check.raise_if_bad()
     assert hex(handle) in str(error.value)
+    check.check(0, table, torch.tensor([3], dtype=torch.int32), False, pages, _NUM_KV)
+    with pytest.raises(ValueError, match="group 0, request a-7, column 2"):
+        check.raise_if_bad(["a-7"])
