@@ -4,7 +4,8 @@
 2. Its time against the floor: bytes over the measured copy bandwidth, or matrix operations over the
    measured rate, whichever is longer.
 3. The same launch with physical indices, which shows what the page table costs.
-4. vLLM's stock kernel on the same inputs, where a CUDA build of vLLM can be imported.
+4. vLLM's stock kernel on the same inputs, where a CUDA build of vLLM can be imported; for
+   attention that is its Triton backend's, and FlashAttention as well.
 
 Times are medians of CUDA-graph replays with the L2 overwritten in between, all in one process.
 Needs no vLLM. Ends with status 1 if a kernel is wrong.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ _MIB = 1 << 20
 _PAGE_BYTES = (4 * 16 * 8 * 2 * 128 * 2, 26 * (3 * 5120 * 2 + 5120 * 16 * 4))
 _PAGE_TOKENS = (16, 32, 64, 128)
 _FP8 = torch.float8_e4m3fn
+
+#: vLLM's kernels: key of a row -> what they are called.
+COLUMNS = {"stock": "vLLM's own kernels", "flash": "vLLM's FlashAttention"}
 
 Make = Callable[[], Workload]
 
@@ -118,10 +122,23 @@ def check_all(makers: Iterator[Make], only: str) -> dict[str, float]:
     return errors
 
 
+def left_out(no_stock: bool) -> dict[str, str]:
+    """Why vLLM's kernels are left out, by column; those that are not in it can be run."""
+    reason = "as asked" if no_stock else stock_kernels.available()
+    if reason:
+        return {"stock": reason, "flash": reason}
+    missing = stock_kernels.flash_missing()
+    return {"flash": missing} if missing else {}
+
+
 def time_all(
-    makers: Iterator[Make], only: str, limits: Limits, with_stock: bool, milliseconds: int
+    makers: Iterator[Make], only: str, limits: Limits, without: Container[str], milliseconds: int
 ) -> list[dict[str, Any]]:
-    """Time workloads; return one row each, seconds unless named otherwise."""
+    """Time workloads, except in the columns ``without``.
+
+    Returns:
+        A row for each, seconds unless named otherwise.
+    """
     rows = []
     for make in makers:
         workload = make()
@@ -134,13 +151,18 @@ def time_all(
         }
         if workload.identity:
             row["identity"] = time_launch(workload.identity, milliseconds)._asdict()
-        if with_stock and workload.stock:
+        rivals = {}
+        if workload.stock:
+            rivals = {"stock": workload.stock, **stock_kernels.OTHERS.get(workload.stock, {})}
+        for column, kernel in rivals.items():
+            if column in without:
+                continue
             try:
-                launch = stock_kernels.STOCK[workload.stock](workload.inputs)
-                row["stock"] = time_launch(launch, milliseconds)._asdict()
+                launch = stock_kernels.STOCK[kernel](workload.inputs)
+                row[column] = time_launch(launch, milliseconds)._asdict()
             except Exception as error:
                 # A stock kernel that refuses a shape is a finding, not the end of the run.
-                row["stock_error"] = f"{type(error).__name__}: {error}"
+                row[f"{column}_error"] = f"{type(error).__name__}: {error}"
         rows.append(row)
         print("  " + "  ".join(_cells(row)), flush=True)
         del workload
@@ -152,15 +174,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
     own = row["avmp"]["median"]
 
     def ratio(name: str) -> str:
+        if f"{name}_error" in row:
+            return "error"
         return f"{own / row[name]['median']:.3f}" if name in row else "-"
 
-    stock = "error" if "stock_error" in row else ratio("stock")
     return [
         row["name"],
         f"{own * 1e6:.1f}",
         f"{row['floor'] / own:.1%}",
         ratio("identity"),
-        stock,
+        ratio("stock"),
+        ratio("flash"),
     ]
 
 
@@ -189,19 +213,23 @@ def run(args: argparse.Namespace) -> int:
         f"Copy bandwidth {limits.copy / 1e9:.0f} GB/s (read + written), bf16 matrix rate "
         f"{limits.matrix / 1e12:.0f} T/s"
     )
-    reason = "left out" if args.no_stock else stock_kernels.available()
-    if reason:
-        print(f"Stock kernels: {reason}")
+    without = left_out(args.no_stock)
+    for column, reason in without.items():
+        print(f"Left out: {COLUMNS[column]}: {reason}")
     print("Timing:")
-    rows = time_all(timings(device), args.only, limits, reason is None, args.milliseconds)
+    rows = time_all(timings(device), args.only, limits, without, args.milliseconds)
     print()
-    head = ("kernel", "us", "of floor", "handles/physical", "AVMP/stock")
+    head = ("kernel", "us", "of floor", "handles/physical", "AVMP/stock", "AVMP/FlashAttention")
     print(table(head, [_cells(row) for row in rows]))
+    for row in rows:
+        for column, title in COLUMNS.items():
+            if error := row.get(f"{column}_error"):
+                print(f"{row['name']}: {title}: {error}")
     result = {
         "format": results.FORMAT,
         "benchmark": "kernels",
         "environment": results.environment(0, ("torch", "triton", "vllm")) | card.describe(device),
-        "parameters": {"only": args.only, "milliseconds": args.milliseconds, "stock": reason},
+        "parameters": {"only": args.only, "milliseconds": args.milliseconds, "left_out": without},
         "counts": {"wrong": wrong},
         "timings": {
             "errors": errors,

@@ -13,6 +13,9 @@ import torch
 
 Inputs = dict[str, Any]
 
+#: The largest batch, in tokens, of which vLLM captures a graph unless told otherwise.
+LARGEST_GRAPH = 512
+
 
 def available() -> str | None:
     """Return why stock kernels cannot be run here, or None if they can."""
@@ -49,7 +52,7 @@ def resolve(given: Inputs) -> Callable[[], object]:
     return launch
 
 
-def attention(given: Inputs) -> Callable[[], object]:
+def attention(given: Inputs) -> Callable[[], torch.Tensor]:
     """The Triton backend's kernel, split as that backend splits (16 segments for few requests)."""
     from vllm.v1.attention.backends.triton_attn import (
         MIN_LAUNCH_GRID_SIZE_2D,
@@ -66,7 +69,7 @@ def attention(given: Inputs) -> Callable[[], object]:
     largest, weight = torch.empty(2, *shape, device=query.device)
     out = torch.empty_like(query)
 
-    def launch() -> None:
+    def launch() -> torch.Tensor:
         unified_attention(
             q=query,
             k=keys,
@@ -90,7 +93,89 @@ def attention(given: Inputs) -> Callable[[], object]:
             softmax_segm_max=largest,
             softmax_segm_expsum=weight,
         )
+        return out
 
+    return launch
+
+
+def flash_missing() -> str | None:
+    """Return why FlashAttention cannot be run here, or None if it can."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func  # noqa: F401
+
+        version = get_flash_attn_version()
+    except (ImportError, OSError, AssertionError, AttributeError) as error:
+        first = (str(error) or "no such device").splitlines()[0]
+        return f"vLLM's FlashAttention cannot be used: {type(error).__name__}: {first}"
+    return None if version else "no version of vLLM's FlashAttention runs on this card"
+
+
+def flash_attention(given: Inputs) -> Callable[[], torch.Tensor]:
+    """FlashAttention, over the same strided views, as vLLM's backend launches it.
+
+    On Hopper (version 3) the schedule is made once, since vLLM makes it once a step for all layers;
+    batches that a CUDA graph may hold get that backend's bound on splits.
+
+    Raises:
+        ValueError: Its output is not that of the Triton backend: the figure would mean nothing.
+    """
+    from vllm.config.attention import AttentionConfig
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+    from vllm.vllm_flash_attn.flash_attn_interface import (
+        flash_attn_varlen_func,
+        get_scheduler_metadata,
+    )
+
+    query, keys = given["query"], given["key_cache"]
+    page_tokens, kv_heads, head_size = keys.shape[1:]
+    version = get_flash_attn_version(head_size=head_size, kv_cache_block_size=page_tokens)
+    metadata, splits = None, 0
+    if version == 3:
+        if query.shape[0] <= LARGEST_GRAPH:
+            splits = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
+        metadata = get_scheduler_metadata(
+            batch_size=given["seq_lens"].shape[0],
+            max_seqlen_q=given["max_queries"],
+            max_seqlen_k=given["max_length"],
+            num_heads_q=query.shape[1],
+            num_heads_kv=kv_heads,
+            headdim=head_size,
+            cache_seqlens=given["seq_lens"],
+            qkv_dtype=query.dtype,
+            cu_seqlens_q=given["query_start_loc"],
+            page_size=page_tokens,
+            causal=True,
+            window_size=(-1, -1),
+            num_splits=splits,
+        )
+    out = torch.empty_like(query)
+
+    def launch() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q=query,
+            k=keys,
+            v=given["value_cache"],
+            out=out,
+            cu_seqlens_q=given["query_start_loc"],
+            max_seqlen_q=given["max_queries"],
+            seqused_k=given["seq_lens"],
+            max_seqlen_k=given["max_length"],
+            softmax_scale=given["scale"],
+            causal=True,
+            window_size=[-1, -1],
+            block_table=given["table"],
+            softcap=given["softcap"],
+            scheduler_metadata=metadata,
+            fa_version=version,
+            num_splits=splits,
+        )
+        return out
+
+    found, wanted = launch().float(), attention(given)().float()
+    if not torch.allclose(found, wanted, atol=2e-2, rtol=2e-2):
+        off = (found - wanted).abs().max().item()
+        raise ValueError(f"other results than the Triton backend's, by up to {off:.3g}")
     return launch
 
 
@@ -159,8 +244,12 @@ def selective_scan(given: Inputs) -> Callable[[], object]:
 STOCK: dict[str, Callable[[Inputs], Callable[[], object]]] = {
     "resolve": resolve,
     "attention": attention,
+    "flash_attention": flash_attention,
     "kv_write": kv_write,
     "state_update": state_update,
     "conv1d_update": conv1d_update,
     "selective_scan": selective_scan,
 }
+
+#: Other kernels of vLLM's for the same work, by the key of the first: column -> key.
+OTHERS = {"attention": {"flash": "flash_attention"}}

@@ -73,11 +73,11 @@ def test_rows_of_the_table(monkeypatch, capsys) -> None:
             lambda: workloads.writing(5, 16, _CPU, dtype=torch.float32),
         ]
     )
-    rows = kernels.time_all(makers, "", Limits(copy=1e9, matrix=1e12), True, 1)
+    rows = kernels.time_all(makers, "", Limits(copy=1e9, matrix=1e12), (), 1)
     first, second = (kernels._cells(row) for row in rows)
     moved = 3 * 3 * 4 * 3
-    assert first[1:] == ["2.0", f"{moved / 1e9 / 2e-6:.1%}", "0.500", "0.250"]
-    assert second[3:] == ["1.000", "error"]
+    assert first[1:] == ["2.0", f"{moved / 1e9 / 2e-6:.1%}", "0.500", "0.250", "-"]
+    assert second[3:] == ["1.000", "error", "-"]
     assert "ZeroDivisionError" in rows[1]["stock_error"]
 
 
