@@ -16,7 +16,7 @@ from avmp_vllm.core import Arena, Geometry, Kind, MovePlan, Relocation
 from avmp_vllm.engine.block_pool import AVMPBlockPool
 
 #: Requests of one timed round, and those that fill the cache before (4096 tokens each).
-REQUESTS, SETTLING = 8, 48
+REQUESTS, SETTLING = 8, 100
 #: Decode steps of one timed round, for each of so many requests.
 STEPS = 64
 
@@ -61,10 +61,11 @@ def pages(geometry: Geometry, batch: int, rounds: int) -> dict[str, float]:
 class _Traffic:
     """Requests of one length on one side, with fresh random prompts."""
 
-    def __init__(self, side: Side, tokens: int) -> None:
+    def __init__(self, side: Side, tokens: int, name: str = "") -> None:
         self.side = side
         self.tokens = tokens
-        self.rng = random.Random(tokens)
+        self.name = f"{name}{tokens}"
+        self.rng = random.Random(self.name)
         self.made = 0
         self.running: list[Any] = []
 
@@ -76,7 +77,7 @@ class _Traffic:
         """Make one request with a random prompt."""
         self.made += 1
         prompt = self.rng.choices(range(65_536), k=tokens)
-        return self.side.request(f"{self.tokens}-{self.made}", prompt)
+        return self.side.request(f"{self.name}-{self.made}", prompt)
 
     def start(self, request: Any) -> None:
         """Prefill in one chunk."""
@@ -104,7 +105,8 @@ class _Traffic:
     def settle(self) -> None:
         """Fill the cache until both sides evict, as a server that has run for a while does."""
         if self.side.manager.enable_caching:
-            longest = _Traffic(self.side, 4096)
+            # Not the measured prompts: those would be cached, and no engine computes them again.
+            longest = _Traffic(self.side, 4096, name="settling-")
             longest.whole([longest.request(4096) for _ in range(SETTLING)])
 
     def running_requests(self) -> list[Any]:

@@ -22,6 +22,8 @@ import zlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from math import inf
 
 from avmp_vllm.core.band import Band
 from avmp_vllm.core.geometry import Geometry, ceil_div
@@ -48,7 +50,8 @@ class Arena:
         geometry: Sizes in bytes.
         migration_batch: Least capacity that a migration moves where the donor has it free, in KV
             pages' worth of bytes, so that a busy boundary does not flap.
-        on_evict: Called with the handle of each cached page that is given up, before it is reused.
+        on_evict: Called with the handles of cached pages of one pool that are given up, before they
+            are reused.
 
     Attributes:
         statistics: Counters.
@@ -59,7 +62,7 @@ class Arena:
         geometry: Geometry,
         *,
         migration_batch: int = MIGRATION_BATCH,
-        on_evict: Callable[[int], None] | None = None,
+        on_evict: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         if migration_batch < 1:
             raise ValueError(f"migration_batch must be at least 1, not {migration_batch}")
@@ -118,14 +121,10 @@ class Arena:
 
     def available(self, kind: Kind) -> int:
         """How many pages of a pool could be referenced now if nothing else were asked."""
-        geometry = self.geometry
+        beside = self.used(kind.other)
         if kind is Kind.KV:
-            floor = (geometry.null_blocks + self.used(Kind.SSM)) * geometry.block_bytes
-            total = geometry.pages - ceil_div(floor, geometry.page_bytes)
-        else:
-            room = (geometry.pages - self.used(Kind.KV)) * geometry.page_bytes
-            total = room // geometry.block_bytes - geometry.null_blocks
-        return total - self.used(kind)
+            return self.geometry.pages_beside(beside) - self.used(kind)
+        return self.geometry.blocks_beside(beside) - self.used(kind)
 
     def physical(self, handle: int) -> int:
         """Resolve a handle to the physical index of its page in its pool's view."""
@@ -283,27 +282,37 @@ class Arena:
         """Give cached pages up, of either pool and the one unreferenced longest first, until
         growth and migration alone can serve a request that fits.
         """
-        fits, cached = self.geometry.fits, self._cached
-        evicted: tuple[list[int], list[int]] = ([], [])
+        geometry = self.geometry
         wanted = [
             band.capacity - band.free + count
             for band, count in zip(self._bands, (pages, blocks), strict=True)
         ]
-        kv, ssm = cached
-        while not fits(*wanted):
-            if kv and (not ssm or next(iter(kv.values())) < next(iter(ssm.values()))):
+        while not geometry.fits(*wanted):
+            (kv, kv_since), (ssm, ssm_since) = map(self._oldest, Kind)
+            if kv_since < ssm_since:
+                excess = wanted[Kind.KV] - geometry.pages_beside(wanted[Kind.SSM])
                 kind = Kind.KV
+                evicted = [h for h, since in islice(kv.items(), excess) if since < ssm_since]
             else:
                 kind = Kind.SSM
-            handle, _ = cached[kind].popitem(last=False)
-            wanted[kind] -= 1
-            evicted[kind].append(handle)
-            if self._on_evict is not None:
-                self._on_evict(handle)
-        for kind in Kind:
-            if evicted[kind]:
-                self.statistics.evictions[kind] += len(evicted[kind])
-                self._bands[kind].give(evicted[kind])
+                evicted = list(islice(ssm, 1))
+            wanted[kind] -= len(evicted)
+            self._evict(kind, evicted)
+
+    def _oldest(self, kind: Kind) -> tuple[OrderedDict[int, int], float]:
+        """A pool's cached pages, and since when the first of them is unreferenced."""
+        cached = self._cached[kind]
+        return cached, next(iter(cached.values()), inf)
+
+    def _evict(self, kind: Kind, handles: list[int]) -> None:
+        """Give cached pages of a pool up."""
+        cached = self._cached[kind]
+        for handle in handles:
+            del cached[handle]
+        if self._on_evict is not None:
+            self._on_evict(handles)
+        self.statistics.evictions[kind] += len(handles)
+        self._bands[kind].give(handles)
 
     def _note_peak(self, band: Band) -> None:
         kind, peaks = band.kind, self.statistics.peak_used

@@ -148,6 +148,15 @@ class Geometry:
             self.null_blocks + blocks
         ) * self.block_bytes
 
+    def pages_beside(self, blocks: int) -> int:
+        """KV pages that exist beside so many SSM blocks."""
+        floor = (self.null_blocks + blocks) * self.block_bytes
+        return self.pages - ceil_div(floor, self.page_bytes)
+
+    def blocks_beside(self, pages: int) -> int:
+        """SSM blocks that exist beside so many KV pages."""
+        return (self.pages - pages) * self.page_bytes // self.block_bytes - self.null_blocks
+
     def pages_for(self, tokens: int) -> int:
         """KV pages that hold so many tokens."""
         return ceil_div(tokens, self.page_tokens)

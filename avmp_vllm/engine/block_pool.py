@@ -160,9 +160,23 @@ class AVMPBlockPool(BlockPool):
             assert pool is not None
             pool.free_blocks(others)
 
-    def evict(self, handle: int) -> None:
-        """Forget the hashes of a cached block whose page the arena is about to reuse."""
-        self._maybe_evict_cached_block(self.blocks[handle & ID_MASK])
+    def evict(self, handles: Sequence[int]) -> None:
+        """Forget the hashes of cached blocks whose pages the arena is about to reuse.
+
+        Nearly every page has one hash that no other page has; the parent's general way is for the
+        rest.
+        """
+        entries = self.cached_block_hash_to_block._cache
+        several = self.cached_block_hashes_by_block
+        plain = not self.enable_kv_cache_events and not self.metrics_collector
+        for handle in handles:
+            block = self.blocks[handle & ID_MASK]
+            key = block._block_hash
+            if plain and key is not None and handle not in several and entries.get(key) is block:
+                del entries[key]
+                block._block_hash = block._block_hash_num_tokens = None
+            else:
+                self._maybe_evict_cached_block(block)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
         """Take blocks out of the prefix cache; unreferenced ones become free."""

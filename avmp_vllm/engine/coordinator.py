@@ -83,8 +83,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
             manager.block_pool = self.pools[kind]
             manager._null_block = self.pools[kind].null_block
 
-    def _evict(self, handle: int) -> None:
-        self.pools[kind_of(handle)].evict(handle)
+    def _evict(self, handles: Sequence[int]) -> None:
+        self.pools[kind_of(handles[0])].evict(handles)
 
     def get_num_blocks_to_allocate(
         self,

@@ -153,7 +153,7 @@ class Client:
         deliver: Callable[[list[Relocation]], list[Relocation]] = list,
     ) -> None:
         self.evicted: list[int] = []
-        self.arena = Arena(geometry, migration_batch=migration_batch, on_evict=self.evicted.append)
+        self.arena = Arena(geometry, migration_batch=migration_batch, on_evict=self.evicted.extend)
         self.model = NaiveModel(geometry.arena_bytes, geometry.page_bytes, geometry.block_bytes)
         self.memory = memory
         self.deliver = deliver

@@ -377,12 +377,14 @@ def hit(driver: Driver, name: str, tokens: list[int]) -> int:
 
 def test_a_short_prompt_hits_the_cache(model: str) -> None:
     """vLLM #40696: prompts under 528 tokens get no prefix hit. A second identical prompt of 200
-    tokens hits up to its last page boundary, and a longer one at the last common checkpoint."""
+    tokens hits up to its last page boundary. The first that parts from it before that leaves a
+    state at the last checkpoint that both have in common, for the next."""
     driver = Driver(model, arena_for(4.0))
     tokens = prompt("twice", 200)
     assert hit(driver, "first", tokens) == 0
     assert hit(driver, "second", tokens) == 192
-    assert hit(driver, "longer", [*tokens[:150], *prompt("tail", 100)]) == 128
+    assert hit(driver, "parts", [*tokens[:150], *prompt("tail", 100)]) == 0
+    assert hit(driver, "parts too", [*tokens[:150], *prompt("other", 100)]) == 128
 
 
 def test_a_state_is_had_although_the_cache_is_all_pages(model: str) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind
 from avmp_vllm.core.capacity import StaticSplit
@@ -20,7 +21,10 @@ class StaticArena(Arena):
     """
 
     def __init__(
-        self, geometry: Geometry, ratio: float, on_evict: Callable[[int], None] | None = None
+        self,
+        geometry: Geometry,
+        ratio: float,
+        on_evict: Callable[[Sequence[int]], None] | None = None,
     ) -> None:
         super().__init__(geometry, on_evict=on_evict)
         split = StaticSplit(geometry, ratio)
@@ -41,9 +45,6 @@ class StaticArena(Arena):
             self.note_failure(pages, blocks)
             raise AllocationFailure(f"{pages} KV page(s) and {blocks} SSM block(s) do not fit")
         for kind, wanted in ((Kind.KV, pages), (Kind.SSM, blocks)):
-            while self.free(kind) < wanted:
-                handle, _ = self._cached[kind].popitem(last=False)
-                if self._on_evict is not None:
-                    self._on_evict(handle)
-                self.statistics.evictions[kind] += 1
-                self._bands[kind].give([handle])
+            missing = wanted - self.free(kind)
+            if missing > 0:
+                self._evict(kind, list(islice(self._cached[kind], missing)))
