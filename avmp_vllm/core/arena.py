@@ -148,15 +148,10 @@ class Arena:
         kv, ssm = self._bands
         if kv.free < pages or ssm.free < blocks:
             self._make_room(pages, blocks)
-        if not blocks:
-            handles = kv.take(pages)
-            self._note_peak(kv)
-        elif not pages:
-            handles = ssm.take(blocks)
-            self._note_peak(ssm)
-        else:
-            handles = kv.take(pages) + ssm.take(blocks)
-            self._note_peak(kv)
+        handles = kv.take(pages)
+        self._note_peak(kv)
+        if blocks:
+            handles += ssm.take(blocks)
             self._note_peak(ssm)
         return handles
 

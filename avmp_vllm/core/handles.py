@@ -23,6 +23,9 @@ class Kind(IntEnum):
     KV = 0
     SSM = 1
 
+    # An enum's own hash is a Python call, and counters are kept by kind.
+    __hash__ = int.__hash__
+
     @property
     def tag(self) -> int:
         """The bits that every handle of this pool carries."""

@@ -72,12 +72,12 @@ class AVMPBlockPool(BlockPool):
         except IndexError:
             self._make_blocks()
             new = list(map(self.blocks.__getitem__, numbers))
+        collector = self.metrics_collector
         for block in new:
             assert not block.ref_cnt
             block.ref_cnt = 1
-        if self.metrics_collector:
-            for block in new:
-                self.metrics_collector.on_block_allocated(block)
+            if collector:
+                collector.on_block_allocated(block)
         return new
 
     def _make_blocks(self) -> None:
