@@ -352,4 +352,5 @@ def read_shape(model: str) -> ModelShape:
         raise ShapeError(f"{path}: cannot be read: {error}") from None
     if not isinstance(config, dict):
         raise ShapeError(f"{path}: is no JSON object")
-    return shape_of(config, str(path))
+    # A name on the hub says more than the place where the client keeps its file.
+    return shape_of(config, str(path) if Path(model).exists() else model)
