@@ -13,6 +13,8 @@ from avmp_vllm.cli import main
 
 MODEL = str(Path(__file__).parents[2] / "configs" / "models" / "jamba-reasoning-3b.json")
 
+HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
+
 
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory) -> Path:
@@ -65,7 +67,79 @@ def test_memory_binds_and_prefixes_hit(result):
 
 def test_a_second_run_has_equal_counts(result, capsys):
     assert main(["bench", "scheduler", "--check", str(result)]) == 0
-    assert "every count is equal" in capsys.readouterr().out
+    assert "0 difference(s)" in capsys.readouterr().out
+
+
+def test_an_interrupted_run_goes_on(trace, tmp_path, monkeypatch, capsys):
+    """Behind its finished variants; a run with other parameters begins anew."""
+    from avmp_vllm.bench.scheduler import replay as module
+
+    path, built = tmp_path / "result.json", []
+    arguments = [
+        "bench",
+        "scheduler",
+        "--trace",
+        str(trace),
+        "--model",
+        MODEL,
+        "--memory",
+        "128MiB",
+    ]
+    arguments += ["--max-model-len", "2048", "--requests", "6", "--seeds", "2"]
+    arguments += ["--variants", "stock,avmp", "--output", str(path)]
+    real = module.replay
+
+    def replay(engine, *rest):
+        built.append(type(engine.scheduler).__name__)
+        if len(built) == 3:
+            raise KeyboardInterrupt
+        return real(engine, *rest)
+
+    monkeypatch.setattr(module, "replay", replay)
+    assert main(arguments) == 130
+    assert not path.exists()
+    assert main(arguments) == 0
+    assert "Going on behind 2 part(s)" in capsys.readouterr().err
+    # The second seed begins with AVMP, which was interrupted.
+    assert built == ["Scheduler", "AVMPScheduler"] + ["AVMPScheduler"] * 2 + ["Scheduler"]
+    counts = json.loads(path.read_text())["counts"]
+    assert [run["finished"] for name in ("stock", "avmp") for run in counts[name]] == [6] * 4
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+
+
+def test_scheduling_ahead(trace, result, tmp_path):
+    """The asynchronous schedulers give every request its tokens, in the same time or nearly."""
+    path = tmp_path / "ahead.json"
+    arguments = ["--trace", str(trace), "--model", MODEL, "--memory", "128MiB", "--scale", "10"]
+    arguments += ["--max-model-len", "2048", "--requests", "40", "--seeds", "1"]
+    arguments += ["--async-scheduling", "--variants", "stock,avmp", "--output", str(path)]
+    assert main(["bench", "scheduler", *arguments]) == 0
+    ahead, behind = (json.loads(p.read_text())["counts"] for p in (path, result))
+    assert ahead["stock"][0]["preemptions"] > 0  # with a token on its way
+    for variant in ("stock", "avmp"):
+        (run,), (other,) = ahead[variant], behind[variant]
+        assert run["finished"] == 40
+        assert run["output_tokens"] == other["output_tokens"]
+        assert 0.9 < run["makespan"] / other["makespan"] < 1.2
+
+
+def test_a_request_waits_for_the_step_that_was_scheduled_ahead(tmp_path):
+    """One request decodes; another arrives within a step, and waits for that and the next one."""
+    trace = tmp_path / "two.csv"
+    trace.write_text(HEADER + "0,32,20\n0.1001,32,2\n")
+    arguments = ["--trace", str(trace), "--model", MODEL, "--memory", "128MiB", "--seeds", "1"]
+    arguments += ["--max-model-len", "256", "--variants", "stock", "--no-prefix-caching"]
+    arguments += ["--step-ms", "50", "--token-us", "0", "--sequence-us", "0"]
+    ttft = {}
+    for option in ((), ("--async-scheduling",)):
+        path = tmp_path / f"{len(option)}.json"
+        assert main(["bench", "scheduler", *arguments, *option, "--output", str(path)]) == 0
+        (run,) = json.loads(path.read_text())["counts"]["stock"]
+        ttft[len(option)] = run["ttft"]
+        assert run["output_tokens"] == 22
+    # Steps end at 50, 100, 150, ... ms. It joins the step from 150, or the one from 200.
+    assert ttft[0][2] == pytest.approx(0.2 - 0.1001, abs=2e-3)
+    assert ttft[1][2] == pytest.approx(0.25 - 0.1001, abs=2e-3)
 
 
 def test_check_notices_a_difference(result, tmp_path, capsys):
@@ -77,14 +151,14 @@ def test_check_notices_a_difference(result, tmp_path, capsys):
     assert "avmp" in capsys.readouterr().out
 
 
-def test_the_arenas_hold_their_invariants_at_every_step(trace, capsys):
+def test_the_arenas_hold_their_invariants_at_every_step(trace, tmp_path, capsys):
     arguments = ["--trace", str(trace), "--model", MODEL, "--memory", "80MiB", "--seeds", "1"]
     arguments += ["--max-model-len", "2048", "--requests", "8", "--verify"]
-    assert main(["bench", "scheduler", *arguments, "--variants", "static,avmp"]) == 0
+    arguments += ["--variants", "static,avmp", "--output", str(tmp_path / "result.json")]
+    assert main(["bench", "scheduler", *arguments]) == 0
     assert "avmp" in capsys.readouterr().out
 
 
-HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
 GOOD = '{"timestamp": 0, "input_length": 5, "output_length": 2, "hash_ids": [1]}\n'
 
 

