@@ -8,17 +8,21 @@ another system's user that it answers.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockRemoved, BlockStored
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256_cbor
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -56,6 +60,7 @@ class Driver:
         growth: ``growth_tokens``.
         checkpoints: Whether the layers save a state in the middle of a prefill, as Mamba-2 on CUDA.
         ahead: Steps that are scheduled before the output of the first of them arrives.
+        events: Whether the scheduler publishes what the prefix cache stores and removes.
     """
 
     def __init__(
@@ -68,6 +73,7 @@ class Driver:
         growth: int = 64,
         checkpoints: bool = False,
         ahead: int = 0,
+        events: bool = False,
     ) -> None:
         config = EngineArgs(
             model=model,
@@ -77,6 +83,7 @@ class Driver:
             max_num_batched_tokens=256,
             max_num_seqs=16,
             enforce_eager=True,
+            kv_events_config=KVEventsConfig(events, publisher="null") if events else None,
             additional_config={
                 "block_manager": "avmp",
                 "avmp": {
@@ -407,6 +414,39 @@ def test_a_state_is_had_although_the_cache_is_all_pages(model: str) -> None:
     assert hit(driver, "again", prompt(11, 600)) == 0
     assert hit(driver, "found", prompt(11, 600)) == 576
     driver.check_empty()
+
+
+def test_cache_events_tell_what_both_pools_cache(model: str) -> None:
+    """A router that follows the events knows the cache of either pool, evictions included.
+
+    As in vLLM, two blocks of equal content are stored and removed each.
+    """
+    driver = Driver(model, arena_for(1.3), events=True)
+    mirror: dict[int | None, Counter[Any]] = {0: Counter(), 1: Counter()}
+    removed = dict.fromkeys(mirror, 0)
+
+    def follow(batch: Any) -> None:
+        for event in batch.events:
+            hashes = Counter(event.block_hashes)
+            if isinstance(event, BlockStored):
+                mirror[event.group_idx] += hashes
+            else:
+                assert isinstance(event, BlockRemoved)
+                assert hashes <= mirror[event.group_idx]
+                mirror[event.group_idx] -= hashes
+                removed[event.group_idx] += len(event.block_hashes)
+
+    driver.scheduler.kv_event_publisher.publish = follow
+    shared = prompt("shared", 250)
+    for index in range(24):
+        own = prompt(index, random.Random(index).choice([40, 200, 600]))
+        hit(driver, f"r{index}", [*shared, *own] if index % 4 == 0 else own)
+        follow(SimpleNamespace(events=driver.manager.take_events()))
+        for group, kind in enumerate(driver.manager.coordinator.kinds):
+            entries = driver.manager.coordinator.pools[kind].cached_block_hash_to_block._cache
+            cached = {maybe_convert_block_hash(get_block_hash(key)) for key in entries}
+            assert set(mirror[group]) == cached, (index, kind)
+    assert all(removed.values()), removed
 
 
 def test_resetting_the_cache_frees_everything(model: str) -> None:
