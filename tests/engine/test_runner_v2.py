@@ -18,6 +18,7 @@ import pytest
 from enginelib import stock_answers
 
 from avmp_vllm.engine.config import SELECTED
+from avmp_vllm.models.tiny_hybrids import write_tiny_granite_hybrid
 from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 
 _SCRIPT = Path(__file__).with_name("v2_process.py")
@@ -33,6 +34,20 @@ def short_jamba(tmp_path_factory) -> str:
             attn_layer_period=2,
             attn_layer_offset=1,
             num_key_value_heads=1,
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def short_granite(tmp_path_factory) -> str:
+    """A Mamba-2 hybrid of three layers with few heads."""
+    return str(
+        write_tiny_granite_hybrid(
+            tmp_path_factory.mktemp("short_granite"),
+            num_hidden_layers=3,
+            layer_types=["mamba", "attention", "mamba"],
+            mamba_n_heads=2,
+            mamba_d_head=128,
         )
     )
 
@@ -54,9 +69,9 @@ def wide_jamba(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def models(tiny_jamba, tiny_granite, short_jamba, wide_jamba) -> list[str]:
+def models(tiny_jamba, tiny_granite, short_jamba, short_granite, wide_jamba) -> list[str]:
     """In the order in which the process takes them."""
-    return [tiny_jamba, tiny_granite, short_jamba, wide_jamba]
+    return [tiny_jamba, tiny_granite, short_jamba, short_granite, wide_jamba]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +81,7 @@ def done(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != SELECTED}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, str(_SCRIPT), str(result), *models],
+        [sys.executable, str(_SCRIPT), str(result), ",".join(models)],
         env=environment,
         capture_output=True,
         text=True,
@@ -78,14 +93,18 @@ def done(models, tmp_path_factory) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_jamba, tiny_granite, short_jamba) -> dict[str, list[list[list[int]]]]:
+def expected(
+    tiny_jamba, tiny_granite, short_jamba, short_granite
+) -> dict[str, list[list[list[int]]]]:
     """Stock vLLM's answers to the scenarios' workloads (seed, prompts, new tokens)."""
     return {
         "no_cache": stock_answers(tiny_jamba, 3, 12, 24),
         "cache": stock_answers(tiny_jamba, 1, 8, 12),
         "granite": stock_answers(tiny_granite, 1, 8, 12),
         "handles": stock_answers(short_jamba, 1, 5, 12),
-        "handles_granite": stock_answers(tiny_granite, 1, 5, 12),
+        "handles_granite": stock_answers(short_granite, 1, 5, 12),
+        "cuda_mamba1": stock_answers(short_jamba, 1, 5, 12),
+        "cuda_mamba2": stock_answers(short_granite, 1, 5, 12),
         "unchecked": stock_answers(short_jamba, 1, 3, 6),
     }
 
@@ -157,6 +176,35 @@ def test_kernels_by_handle(done, expected, name):
     assert did["rounds"] == [expected[name]] * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("cuda_mamba1", []),
+        (
+            "cuda_mamba2",
+            [
+                "_chunk_scan_fwd_kernel",
+                "_state_passing_fwd_kernel",
+                "_store_prefill_checkpoint_kernel",
+            ],
+        ),
+    ],
+)
+def test_the_kernels_that_vllm_runs_on_cuda(done, expected, name, kernels):
+    """vLLM's Triton kernels for Mamba over the arena's strided views and resolved indices.
+
+    Mamba-2's layers also save states in the middle of a prefill, which CPUs cannot. Mamba-1's scan
+    over a prefill is C++ for CUDA, so AVMP's scan for CPUs takes its place.
+    """
+    did = done[name]
+    update = ["_causal_conv1d_fwd_kernel", "_causal_conv1d_update_kernel"]
+    assert {*update, "_selective_scan_update_kernel", *kernels} <= set(did["launched"])
+    assert did["migrations"] > 0
+    assert did["relocations"] > 0
+    assert did["hits"] > 0
+    assert did["rounds"] == [expected[name]] * 2
+
+
 @pytest.mark.parametrize("name", ["no_table_writes", "no_copies", "no_rows"])
 def test_control_broken_plans_change_answers(done, expected, name):
     """The tests above would notice what is left out on the device."""
@@ -207,10 +255,15 @@ def test_release_mode_sends_bad_handles_to_null(done, expected, name):
 def test_unsupported_shapes_are_refused_at_start(done):
     """Each error names the value and the setting that works."""
     said = done["refusals"]
+    assert said.pop("all as it was") == "taken"
     for name, value in (
         ("head size", "head_size = 512"),
         ("page size", "page_tokens = 48"),
         ("KV dtype", "kv_cache_dtype = fp8_e5m2"),
+        ("dtype", "dtype torch.float64"),
+        ("pages at the last check", "page_tokens 24"),
+        ("state dtype", "torch.float8_e4m3fn"),
+        ("convolution", "over 1 input"),
     ):
         assert value in said[name]
         assert "set kernels to 'resolved'" in said.pop(name)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
@@ -20,8 +22,18 @@ from triton.backends import backends
 backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
 
 
-def _quicken() -> None:
-    """Spare the interpreter work that it repeats and that compiled kernels do not do.
+def _with_bool_mask(access: Callable[..., Any], at: int) -> Callable[..., Any]:
+    """Take masks made of a scalar and a vector condition, which are of another type than bool."""
+
+    def masked(builder: Any, *args: Any) -> Any:
+        args[at].data = args[at].data.astype(bool, copy=False)
+        return access(builder, *args)
+
+    return masked
+
+
+def _mend() -> None:
+    """Have the interpreter run vLLM's kernels, and spare it what compiled kernels do not do.
 
     It replaces ``triton.language`` at every launch and at every call of one kernel function from
     another, 1.4 ms each; here all runs interpreted, so once is enough. And it checks every integer
@@ -35,9 +47,12 @@ def _quicken() -> None:
     replace = interpreter._patch_lang
     replace(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     interpreter._patch_lang = lambda fn: scope
+    builder = interpreter.InterpreterBuilder
+    for name, at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        setattr(builder, name, _with_bool_mask(getattr(builder, name), at))
     interpreter.interpreter_builder.options = dataclasses.replace(
         interpreter.interpreter_builder.options, sanitize_overflow=False
     )
 
 
-_quicken()
+_mend()

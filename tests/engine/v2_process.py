@@ -1,4 +1,4 @@
-"""Model Runner V2 without a GPU: ``python v2_process.py RESULT.json JAMBA GRANITE SHORT WIDE``.
+"""Model Runner V2 without a GPU: ``python v2_process.py RESULT.json MODEL,MODEL...``.
 
 V2 needs Triton, whose interpreter can only be chosen for a whole process. So the V2 tests run in
 this one, a scenario after another, and write down what happened.
@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 from avmp_kernels import selective_scan, state_update
+from cuda_mamba import cuda_mamba_layers
 from enginelib import (
     assert_nothing_held,
     counted,
@@ -32,6 +33,7 @@ from enginelib import (
     runner_of,
     scheduler_of,
 )
+from triton.runtime.interpreter import GridExecutor
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.worker import mamba_utils
 
@@ -53,7 +55,9 @@ WORKLOADS = {
     "cache": (1_200_000, 512, True, (1, 8, 12)),
     "granite": (880_000, 512, True, (1, 8, 12)),
     "handles": (330_000, 320, True, (1, 5, 12)),
-    "handles_granite": (680_000, 320, True, (1, 5, 12)),
+    "handles_granite": (330_000, 320, True, (1, 5, 12)),
+    "cuda_mamba1": (350_000, 320, True, (1, 5, 12)),
+    "cuda_mamba2": (380_000, 320, True, (1, 5, 12)),
 }
 
 
@@ -118,6 +122,19 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
 def by_handle(name: str, model: str, **avmp: Any) -> dict[str, Any]:
     """Serve a workload with AVMP's own kernels, steps scheduled ahead."""
     return serve(name, model, async_scheduling=True, avmp={"kernels": "handles", **avmp})
+
+
+def cuda_layers(name: str, model: str) -> dict[str, Any]:
+    """Serve a workload with the Mamba layers and Triton kernels that vLLM runs on CUDA."""
+    launched: set[str] = set()
+    launch = GridExecutor.__call__
+
+    def noting(self: GridExecutor, *args: Any, **kwargs: Any) -> None:
+        launched.add(self.fn.__name__)
+        launch(self, *args, **kwargs)
+
+    with cuda_mamba_layers(), mock.patch.object(GridExecutor, "__call__", noting):
+        return {**serve(name, model), "launched": sorted(launched)}
 
 
 def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[str, Any]:
@@ -383,13 +400,54 @@ def refusals(short: str, wide: str) -> dict[str, str]:
         except ValueError as error:
             said[name] = str(error)
             cleanup_dist_env_and_memory()
+    return {**said, **refused_layers(short)}
+
+
+def refused_layers(model: str) -> dict[str, str]:
+    """What no option of vLLM leads to, tried on a model's layers at the last check of a start."""
+    from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
+
+    from avmp_vllm.engine import handle_kernels
+
+    with engine(model, avmp={"kernels": "handles"}) as llm:
+        runner = runner_of(llm)
+        layers = runner.compilation_config.static_forward_context
+        conv = next(layer for layer in layers.values() if isinstance(layer, MambaMixer)).conv1d
+
+        def bind(dtype: torch.dtype = torch.float32, page_tokens: int = 16) -> str:
+            try:
+                handle_kernels.bind(layers, runner._page_table.resident, dtype, page_tokens)
+            except ValueError as error:
+                return str(error)
+            return "taken"
+
+        said = {
+            "dtype": bind(dtype=torch.float64),
+            "pages at the last check": bind(page_tokens=24),
+            "all as it was": bind(),
+        }
+        states = mock.patch.object(
+            MambaMixer, "get_state_dtype", return_value=(torch.float32, torch.float8_e4m3fn)
+        )
+        with states:
+            said["state dtype"] = bind()
+        with mock.patch.object(conv, "weight", torch.nn.Parameter(torch.zeros(8, 1, 1))):
+            said["convolution"] = bind()
     return said
 
 
 def scenarios(
-    jamba: str, granite: str, short: str, wide: str
+    jamba: str, granite: str, short: str, short_granite: str, wide: str
 ) -> dict[str, Callable[[], dict[str, Any]]]:
-    """All that this process can do, by name."""
+    """All that this process can do, by name.
+
+    Args:
+        jamba: Folder of a Mamba-1 hybrid.
+        granite: Of a Mamba-2 hybrid.
+        short: A Mamba-1 hybrid of few layers.
+        short_granite: A Mamba-2 hybrid of few layers.
+        wide: A Mamba-1 hybrid with heads that AVMP's kernels do not take.
+    """
     write_nothing = mock.patch.object(DevicePageTable, "apply", PageTable.apply)
     move_nothing = mock.patch("avmp_vllm.backing.kernel_buffer.relocate")
     return {
@@ -398,7 +456,9 @@ def scenarios(
         "async": lambda: serve("cache", jamba, async_scheduling=True),
         "granite": lambda: serve("granite", granite),
         "handles": lambda: by_handle("handles", short),
-        "handles_granite": lambda: by_handle("handles_granite", granite),
+        "handles_granite": lambda: by_handle("handles_granite", short_granite),
+        "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
+        "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
         "poisoned": lambda: poisoned(jamba),
         "dummy_runs": lambda: dummy_runs(jamba),
         "graph_profiling": lambda: graph_profiling(jamba),
@@ -415,10 +475,10 @@ def scenarios(
     }
 
 
-def main(result: str, jamba: str, granite: str, short: str, wide: str, *names: str) -> None:
-    """Run the scenarios (default: all) and write what they return."""
+def main(result: str, models: str, *names: str) -> None:
+    """Run the scenarios (default: all) on models (a comma between) and write what they return."""
     done: dict[str, Any] = {}
-    for name, run in scenarios(jamba, granite, short, wide).items():
+    for name, run in scenarios(*models.split(",")).items():
         if names and name not in names:
             continue
         gc.collect()
