@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from avmp_kernels.pages import PageTable, resolve_ssm, table_args
+from avmp_kernels.pages import PageTable, load_ssm_block, table_args
 from avmp_kernels.ragged import find_request, num_blocks, row_range
 from avmp_kernels.state_update import check_supported, silu
 
@@ -73,11 +73,8 @@ def _prefill_kernel(
     inside = (index < count)[:, None] & in_dim[None, :]
     out_at = out + (begin + index).to(tl.int64)[:, None] * out_row + (channel * out_dim)[None, :]
     is_real = request < num_requests
-    handle = tl.load(handles + request * handle_stride, mask=is_real, other=0)
-    if RESOLVE:
-        place = resolve_ssm(entries, handle, num_kv, num_ssm, is_real)
-    else:
-        place = handle
+    handle_at = handles + request * handle_stride
+    place = load_ssm_block(handle_at, entries, num_kv, num_ssm, is_real, RESOLVE)
     if place <= 0:
         # Padding, or a request whose state is null.
         tl.store(out_at, tl.zeros([TOKENS, CHANNELS], dtype=out.dtype.element_ty), mask=inside)
@@ -162,9 +159,8 @@ def _update_kernel(
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     in_dim = channel < dim
-    place = tl.load(handles + row * handle_stride)
-    if RESOLVE:
-        place = resolve_ssm(entries, place, num_kv, num_ssm, True)
+    handle_at = handles + row * handle_stride
+    place = load_ssm_block(handle_at, entries, num_kv, num_ssm, True, RESOLVE)
     out_at = out + row * out_row + channel * out_dim
     if place <= 0:
         tl.store(out_at, tl.zeros([CHANNELS], dtype=out.dtype.element_ty), mask=in_dim)

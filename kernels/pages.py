@@ -66,3 +66,12 @@ def resolve_ssm(entries, handle, num_kv, num_ssm, mask):
     page_id = handle - _TAG
     known = mask & (page_id >= 0) & (page_id < num_ssm)
     return tl.load(entries + num_kv + page_id, mask=known, other=0)
+
+
+@triton.jit
+def load_ssm_block(at, entries, num_kv, num_ssm, mask, RESOLVE: tl.constexpr):
+    """Load SSM handles, or physical indices unless RESOLVE, and return the blocks' indices."""
+    block = tl.load(at, mask=mask, other=0)
+    if RESOLVE:
+        block = resolve_ssm(entries, block, num_kv, num_ssm, mask)
+    return block

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from avmp_kernels.pages import PageTable, resolve_ssm, table_args
+from avmp_kernels.pages import PageTable, load_ssm_block, table_args
 from avmp_kernels.ragged import row_range
 from avmp_kernels.state_update import check_supported, silu, softplus
 
@@ -83,11 +83,8 @@ def _selective_scan_kernel(
     if begin >= end:
         return
     is_real = request < num_requests
-    handle = tl.load(handles + request * handle_stride, mask=is_real, other=0)
-    if RESOLVE:
-        place = resolve_ssm(entries, handle, num_kv, num_ssm, is_real)
-    else:
-        place = handle
+    handle_at = handles + request * handle_stride
+    place = load_ssm_block(handle_at, entries, num_kv, num_ssm, is_real, RESOLVE)
     out_at = out + (channel * out_dim)[:, None]
     if place <= 0:
         # Padding, or a request whose state is null.

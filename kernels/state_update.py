@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from avmp_kernels.pages import PageTable, resolve_ssm, table_args
+from avmp_kernels.pages import PageTable, load_ssm_block, table_args
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 # Elements of a program's tile: 8 a thread, so that 16-bit states move 16 bytes a thread.
@@ -104,11 +104,8 @@ def _state_update_kernel(
     in_dim = channel < dim
     row64 = row.to(tl.int64)
 
-    handle = tl.load(handles + row * handle_stride, mask=in_batch, other=0)
-    if RESOLVE:
-        block = resolve_ssm(entries, handle, num_kv, num_ssm, in_batch)
-    else:
-        block = handle
+    handle_at = handles + row * handle_stride
+    block = load_ssm_block(handle_at, entries, num_kv, num_ssm, in_batch, RESOLVE)
     alive = in_batch & (block > 0)
 
     cell = in_dim[None, :, None] & (n < N)[None, None, :]
