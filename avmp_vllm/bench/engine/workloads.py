@@ -69,9 +69,9 @@ def workloads(parameters: dict[str, Any]) -> list[Workload]:
     if AMPLE in p["arena_mib"]:
         slices = -(-p["steps"] // p["slice_steps"])
         for batch in p["batches"]:
-            # While the last prompts are read, the first requests decode already; asynchronous
-            # scheduling is a step ahead.
-            before = 2 + -(-batch * (p["prompt"] + RAGGED) // p["step_tokens"])
+            # While the last prompts are read, the first requests decode already. Generous: chunks
+            # may end early, and asynchronous scheduling is a step ahead.
+            before = 4 + 2 * -(-batch * (p["prompt"] + RAGGED) // p["step_tokens"])
             answer = before + slices * (DROPPED + p["slice_steps"])
             found.append(
                 Workload(
