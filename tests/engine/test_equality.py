@@ -7,7 +7,6 @@ table compared with the scheduler's.
 from __future__ import annotations
 
 import pytest
-import torch
 from enginelib import (
     AMPLE,
     assert_nothing_held,
@@ -23,7 +22,7 @@ from enginelib import (
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import TorchBuffer
-from avmp_vllm.core import Kind
+from avmp_vllm.core import Kind, MovePlan
 from avmp_vllm.engine.plans import PlanApplier
 
 #: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
@@ -129,8 +128,8 @@ def test_vacated_pages_are_never_read(tiny_jamba, monkeypatch):
 
     def poisoning(self, plan):
         for move in plan.relocations:
-            self.page(move.kind, move.target).copy_(self.page(move.kind, move.source))
-            self.page(move.kind, move.source).view(torch.float32).fill_(float("nan"))
+            applied(self, MovePlan(plan.number, relocations=[move]))
+            self._words[self.page(move.kind, move.source)] = -1  # all bits set is a NaN
         plan.relocations = []
         applied(self, plan)
 
@@ -146,28 +145,23 @@ def test_vacated_pages_are_never_read(tiny_jamba, monkeypatch):
         assert sum(counted(llm).statistics.relocations.values()) > 0
 
 
-def _without_copies(monkeypatch):
-    applied = TorchBuffer.apply
+def _without(part):
+    """Leave a part out of every plan that reaches the bytes."""
 
-    def skip(self, plan):
-        plan.relocations = []
-        applied(self, plan)
+    def breakage(monkeypatch):
+        applied = TorchBuffer.apply
 
-    monkeypatch.setattr(TorchBuffer, "apply", skip)
+        def skip(self, plan):
+            setattr(plan, part, [])
+            applied(self, plan)
+
+        monkeypatch.setattr(TorchBuffer, "apply", skip)
+
+    return breakage
 
 
 def _without_table_writes(monkeypatch):
     monkeypatch.setattr(PageTable, "apply", lambda self, relocations: None)
-
-
-def _without_copy_on_write(monkeypatch):
-    applied = TorchBuffer.apply
-
-    def skip(self, plan):
-        plan.copies = []
-        applied(self, plan)
-
-    monkeypatch.setattr(TorchBuffer, "apply", skip)
 
 
 def _plans_after_the_step(monkeypatch):
@@ -183,15 +177,19 @@ def _plans_after_the_step(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "breakage",
-    [_without_copies, _without_table_writes, _without_copy_on_write, _plans_after_the_step],
+    ("breakage", "memory"),
+    [
+        pytest.param(_without("relocations"), TIGHT, id="no-copies"),
+        pytest.param(_without_table_writes, TIGHT, id="no-table-writes"),
+        # Under pressure few copies of states are made, and fewer are hit.
+        pytest.param(_without("copies"), AMPLE, id="no-copy-on-write"),
+        pytest.param(_plans_after_the_step, TIGHT, id="late"),
+    ],
 )
-def test_control_broken_plans_change_answers(tiny_jamba, monkeypatch, breakage):
+def test_control_broken_plans_change_answers(tiny_jamba, monkeypatch, breakage, memory):
     """The equality tests would notice a plan that is not carried out."""
     expected = stock_answers(tiny_jamba)
     breakage(monkeypatch)
-    # Under pressure few copies of states are made, and fewer are hit.
-    memory = AMPLE if breakage is _without_copy_on_write else TIGHT
     with engine(
         tiny_jamba,
         avmp={"checkpoint_tokens": 128, "verify": False},
