@@ -46,7 +46,10 @@ def short_granite(tmp_path_factory) -> str:
             tmp_path_factory.mktemp("short_granite"),
             num_hidden_layers=3,
             layer_types=["mamba", "attention", "mamba"],
-            mamba_n_heads=2,
+            hidden_size=64,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            mamba_n_heads=1,
             mamba_d_head=128,
         )
     )

@@ -55,9 +55,9 @@ WORKLOADS = {
     "cache": (1_200_000, 512, True, (1, 8, 12)),
     "granite": (880_000, 512, True, (1, 8, 12)),
     "handles": (330_000, 320, True, (1, 5, 12)),
-    "handles_granite": (330_000, 320, True, (1, 5, 12)),
+    "handles_granite": (170_000, 320, True, (1, 5, 12)),
     "cuda_mamba1": (350_000, 320, True, (1, 5, 12)),
-    "cuda_mamba2": (380_000, 320, True, (1, 5, 12)),
+    "cuda_mamba2": (200_000, 320, True, (1, 5, 12)),
 }
 
 
