@@ -28,7 +28,7 @@ from avmp_vllm.cli import main
 _SIZES = """
     --rounds 1 --batches 1,5 --prompt 20 --steps 6 --slice-steps 3 --prefill 100
     --prefill-repeats 1 --pressure-requests 10 --pressure-prompt 150 --pressure-answer 20
-    --ample-mib 8 --tight-mib 2
+    --ample-mib 8 --tight-mib 2 --variants stock,avmp
 """
 SMALL = _SIZES.split()
 
@@ -169,6 +169,7 @@ def test_a_variant_with_stock_s_kernels_must_give_stock_s_tokens():
     differ = _rounds(DECODES, 8, stock=0.1, resolved=0.1, handles=0.1)
     assert report.differing(DECODES, differ) == ["resolved"]
     text = "\n".join(report.lines([DECODES], {"decode 2": differ}, {AMPLE: "head"}))
+    assert "No control" in text
     assert "DIFFERENT TOKENS: resolved" in text
     assert "resolved 0 of 10 (first difference at token 0), handles 10 of 10" in text
     pressure = Workload("pressure 2", "pressure", TIGHT, 2, 9, 5)
@@ -218,6 +219,11 @@ def _arguments(*words):
 def test_bad_options_are_one_error(words, message, capsys):
     assert command.run(_arguments(*words)) == 2
     assert message in capsys.readouterr().err
+
+
+def test_default_variants_have_a_control():
+    assert command._variants(None, False) == ["stock", "avmp", "stock again"]
+    assert command._variants(None, True) == ["stock", "resolved", "handles", "stock again"]
 
 
 def _job(folder: Path, journal, keep, monkeypatch, log, fail=None):

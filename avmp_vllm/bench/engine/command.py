@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--variants",
-        help=f"some of {', '.join(report.VARIANTS)}, comma-separated (default: stock and what the "
-        f"machine can run; '{report.CONTROL}' is a second stock engine, which shows the noise)",
+        help=f"some of {', '.join(report.VARIANTS)}, comma-separated (default: what the machine "
+        f"can run; '{report.CONTROL}' is a second stock engine, which shows the noise)",
     )
     parser.add_argument(
         "--regime", choices=(AMPLE, TIGHT), help="memory does not bind, or binds (default: both)"
@@ -140,7 +140,8 @@ def on_cuda() -> bool:
 
 def _variants(asked: str | None, cuda: bool) -> list[str]:
     if asked is None:
-        return [report.STOCK, *((report.RESOLVED, report.HANDLES) if cuda else (report.AVMP,))]
+        ours = (report.RESOLVED, report.HANDLES) if cuda else (report.AVMP,)
+        return [report.STOCK, *ours, report.CONTROL]
     found = [name.strip() for name in asked.split(",")]
     if unknown := [name for name in found if name not in report.VARIANTS]:
         known = ", ".join(report.VARIANTS)

@@ -117,6 +117,11 @@ def lines(
     if judged:
         yield f"Target: at most {BOUND} of stock's time between tokens (open: spans the bound)"
         yield table(["workload", "figure", "ratio, 95%", "verdict"], judged)
+        if not any(CONTROL in found[0] for found in rounds.values()):
+            yield (
+                "No control: what one start of an engine has over another (its place in memory, "
+                "its core) is in these ratios and not in their intervals."
+            )
         if len(next(iter(rounds.values()))) < 5:
             yield "Few rounds: the intervals span what they show, and no more."
 
