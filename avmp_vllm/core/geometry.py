@@ -182,7 +182,8 @@ class Geometry:
         if self.fits(self.pages_for(tokens), blocks_each):
             return
         fixed = (self.null_blocks + blocks_each) * self.block_bytes
-        needed = fixed + self.pages_for(tokens) * self.page_bytes
+        # Whole KV pages count from byte 0, so what else there is takes whole ones too.
+        needed = (self.pages_for(tokens) + ceil_div(fixed, self.page_bytes)) * self.page_bytes
         longest = max((self.pages * self.page_bytes - fixed) // self.page_bytes, 0)
         raise ArenaTooSmall(
             f"a request of max_model_len={tokens} tokens needs {needed} bytes "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,5 +125,9 @@ def test_the_announced_number_of_sequences_fits_and_no_more(
     if announced:
         geometry.require_one_request(tokens, each)
     else:
-        with pytest.raises(ArenaTooSmall):
+        with pytest.raises(ArenaTooSmall) as refused:
             geometry.require_one_request(tokens, each)
+        (needed,) = re.findall(r"needs (\d+) bytes", str(refused.value))
+        Geometry(int(needed), page, block).require_one_request(tokens, each)
+        with pytest.raises(ArenaTooSmall):
+            Geometry(int(needed) - 1, page, block).require_one_request(tokens, each)
