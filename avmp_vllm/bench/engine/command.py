@@ -325,7 +325,7 @@ class Job:
     def _room(self, greeting: Mapping[str, Any]) -> bool:
         """Whether the other engines fit beside the first."""
         others = len(self.parameters["variants"]) - 1
-        return others * greeting["used_bytes"] <= USABLE * greeting["free_bytes"]
+        return bool(others * greeting["used_bytes"] <= USABLE * greeting["free_bytes"])
 
     def rounds(self) -> dict[str, list[dict[str, Any]]]:
         """Finished rounds of every workload: figures and counts by variant."""
