@@ -35,7 +35,9 @@ class AVMPConfig(BaseModel):
         growth_tokens: A request is admitted beside others only if each of those can still grow by
             so many tokens, so that admissions do not end in preemptions.
         tail_tokens: With prefix caching, a prompt's state at its last page is kept if it spares a
-            later prompt at least so many tokens. Keeping it costs the prompt one more step.
+            later prompt at least so many tokens. Keeping it costs the prompt one more step and the
+            cache the state's bytes. Default: stock vLLM's block for the model, so many tokens as
+            an attention layer holds in the bytes of an SSM layer's state.
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
@@ -48,7 +50,7 @@ class AVMPConfig(BaseModel):
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
     growth_tokens: int = Field(default=64, ge=0)
-    tail_tokens: int = Field(default=128, ge=0)
+    tail_tokens: int | None = Field(default=None, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
     verify: bool = False
 

@@ -13,7 +13,7 @@ from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine import metrics
 from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.coordinator import without_blocks
-from avmp_vllm.engine.layout import AVMPCacheConfig, checkpoint_spacing
+from avmp_vllm.engine.layout import AVMPCacheConfig, checkpoint_spacing, tail_tokens
 from avmp_vllm.engine.manager import AVMPBlockSpaceManager
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class MovePlanMixin(Scheduler):
         # the KV page, and states would then be published under hashes of longer prefixes.
         self.cache_config = copy.copy(self.cache_config)
         self.cache_config.block_size = checkpoint_spacing(kv_cache_config)
+        self._tail_tokens = tail_tokens(kv_cache_config, config)
         self.kv_cache_manager = AVMPBlockSpaceManager(
             kv_cache_config,
             config,
@@ -108,7 +109,7 @@ class MovePlanMixin(Scheduler):
         kept = get_mamba_prefill_checkpoint_position(
             prompt, self.hash_block_size, drop_eagle_block=False
         )
-        if kept > start and kept - hit >= self.kv_cache_manager.config.tail_tokens:
+        if kept > start and kept - hit >= self._tail_tokens:
             return kept - start
         return num_new_tokens
 

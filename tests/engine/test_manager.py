@@ -31,7 +31,8 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.core import AllocationFailure, ArenaTooSmall, Kind
-from avmp_vllm.engine.layout import arena_config, blocks_per_request, group_of
+from avmp_vllm.engine.config import AVMPConfig
+from avmp_vllm.engine.layout import arena_config, blocks_per_request, group_of, tail_tokens
 from avmp_vllm.engine.scheduler import PLAN, AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
@@ -392,6 +393,13 @@ def test_a_short_prompt_hits_the_cache(model: str) -> None:
     assert hit(driver, "second", tokens) == 192
     assert hit(driver, "parts", [*tokens[:150], *prompt("tail", 100)]) == 0
     assert hit(driver, "parts too", [*tokens[:150], *prompt("other", 100)]) == 128
+
+
+def test_a_state_is_worth_as_many_tokens_as_stocks_block(model: str) -> None:
+    """An SSM layer's state of 19,456 bytes, an attention layer's token of 512: 38, in pages 64."""
+    cache = Driver(model, arena_for(1.0)).manager.kv_cache_config
+    assert tail_tokens(cache, AVMPConfig()) == 64
+    assert tail_tokens(cache, AVMPConfig(tail_tokens=5)) == 5
 
 
 def test_a_state_is_had_although_the_cache_is_all_pages(model: str) -> None:

@@ -9,7 +9,6 @@ from enginelib import assert_nothing_held, engine, scheduler_of, tokens
 from vllm import SamplingParams
 
 from avmp_vllm.core import Kind
-from avmp_vllm.engine.config import AVMPConfig
 
 
 def _answer(llm, prompt, max_tokens=8):
@@ -117,9 +116,9 @@ def test_a_prompt_is_cut_only_for_a_state_worth_keeping(tiny_jamba):
             for hit, length, chunks in cases:
                 prompt = tokens(rng, length)
                 if hit:
-                    scheduler.kv_cache_manager.config = AVMPConfig(tail_tokens=0)
+                    scheduler._tail_tokens = 0
                     _answer(llm, prompt[: hit + 1])
-                    scheduler.kv_cache_manager.config = AVMPConfig(tail_tokens=tail_tokens)
+                    scheduler._tail_tokens = tail_tokens
                 scheduled.clear()
                 answer, found = _answer(llm, prompt)
                 assert found == hit
