@@ -27,9 +27,10 @@ class AVMPConfig(BaseModel):
     Attributes:
         page_tokens: Tokens of a KV page. Default: the smallest block that the attention backend
             takes, or vLLM's ``--block-size`` if that is given.
-        checkpoint_tokens: With prefix caching, an SSM state is kept every so many tokens (and at
-            each prompt's last page). A multiple of the page; the default is the multiple nearest to
-            512 from above, or vLLM's ``--mamba-block-size`` if that is given.
+        checkpoint_tokens: With prefix caching, the running state moves on to a new block every so
+            many tokens, and a prompt of several steps is cut there. A multiple of the page; the
+            default is the multiple nearest to 512 from above, or vLLM's ``--mamba-block-size`` if
+            that is given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
         growth_tokens: A request is admitted beside others only if each of those can still grow by
