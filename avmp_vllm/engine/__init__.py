@@ -19,6 +19,7 @@ plans             a worker's copy of the arena, kept in step by move plans
 profiling         the throwaway cache on which CUDA graphs are profiled
 v2_runner         Model Runner V2
 v2_block_tables   its block tables: handles resolved once a step, or left
+v2_check          debug mode: its handles checked on the device
 handle_kernels    ``kernels: handles``: AVMP's own kernels in a model
 handle_attention  attention by handle, a backend of vLLM's registry
 handle_mamba      a Mamba-1 layer by handle

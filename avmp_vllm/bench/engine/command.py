@@ -22,7 +22,8 @@ from avmp_vllm.bench.engine.rounds import compared, measure, turns
 from avmp_vllm.bench.engine.workloads import AMPLE, TIGHT, Workload, workloads
 from avmp_vllm.bench.inputs import InputError, OptionError
 from avmp_vllm.bench.statistics import SEED
-from avmp_vllm.demo.run import ENVIRONMENT, positive, termination_as_interrupt
+from avmp_vllm.bench.status import exit_status
+from avmp_vllm.demo.run import ENVIRONMENT, positive
 
 BENCHMARK = "engine"
 #: Sizes unless given: for the tiny Jamba on a CPU, and for a model of real width on a card.
@@ -442,19 +443,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 if tokens or counts differ or an engine failed, 2 for bad input."""
-    try:
-        with termination_as_interrupt():
-            return _run(args)
-    except (InputError, OptionError) as error:
-        print(f"avmp bench engine: error: {error}", file=sys.stderr)
-        return 2
-    except EngineError as error:
-        print(f"avmp bench engine: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\navmp bench engine: interrupted; the engines are stopped, and the same command goes "
-            "on behind the rounds that are done",
-            file=sys.stderr,
-        )
-        return 130
+    return exit_status(
+        BENCHMARK,
+        lambda: _run(args),
+        bad_input=(InputError, OptionError),
+        failures=(EngineError,),
+        interrupted="the engines are stopped, and the same command goes on behind the rounds that "
+        "are done",
+    )

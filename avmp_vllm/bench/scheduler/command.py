@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +15,9 @@ from avmp_vllm.bench import results
 from avmp_vllm.bench.inputs import InputError
 from avmp_vllm.bench.scheduler.traces import Trace, TraceRequest, read_trace
 from avmp_vllm.bench.statistics import SEED, ratio_of_means
+from avmp_vllm.bench.status import exit_status
 from avmp_vllm.bench.tables import table
 from avmp_vllm.core import ArenaTooSmall
-from avmp_vllm.demo.run import termination_as_interrupt
 from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
 from avmp_vllm.planner.command import STATIC_RATIO, parse_bytes
 
@@ -299,16 +298,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark, or check a result file: 1 if a count differs, 2 for bad input."""
-    try:
-        with termination_as_interrupt():
-            return _run(args)
-    except (InputError, ShapeError, ArenaTooSmall, ValueError) as error:
-        print(f"avmp bench scheduler: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            "\navmp bench scheduler: interrupted; the same command goes on behind the runs that "
-            "are done",
-            file=sys.stderr,
-        )
-        return 130
+    return exit_status(
+        BENCHMARK,
+        lambda: _run(args),
+        bad_input=(InputError, ShapeError, ArenaTooSmall, ValueError),
+        interrupted="the same command goes on behind the runs that are done",
+    )

@@ -15,10 +15,10 @@ from avmp_vllm.bench.inputs import InputError
 from avmp_vllm.bench.serve import report
 from avmp_vllm.bench.serve.rounds import Goal
 from avmp_vllm.bench.statistics import SEED
+from avmp_vllm.bench.status import exit_status
 from avmp_vllm.demo.run import (
     ENVIRONMENT,
     positive,
-    termination_as_interrupt,
     token_counter,
 )
 from avmp_vllm.demo.server import ServerError
@@ -342,19 +342,11 @@ def _run(args: argparse.Namespace) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark; 1 if a request failed or a count differs, 2 for bad input."""
-    try:
-        with termination_as_interrupt():
-            return _run(args)
-    except (InputError, WorkloadError) as error:
-        print(f"avmp bench serve: error: {error}", file=sys.stderr)
-        return 2
-    except ServerError as error:
-        print(f"avmp bench serve: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "\navmp bench serve: interrupted; the servers are stopped, and the same command goes "
-            "on behind the rounds that are done",
-            file=sys.stderr,
-        )
-        return 130
+    return exit_status(
+        BENCHMARK,
+        lambda: _run(args),
+        bad_input=(InputError, WorkloadError),
+        failures=(ServerError,),
+        interrupted="the servers are stopped, and the same command goes on behind the rounds that "
+        "are done",
+    )
