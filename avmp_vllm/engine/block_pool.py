@@ -11,17 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from vllm.logger import init_logger
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from avmp_vllm.core import ID_MASK, Arena, Kind
+from avmp_vllm.core import ID_MASK, Arena, Kind, kind_of
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_metrics import KVCacheMetricsCollector
     from vllm.v1.request import Request
-
-logger = init_logger("vllm." + __name__)
 
 
 class AVMPBlockPool(BlockPool):
@@ -179,28 +176,22 @@ class AVMPBlockPool(BlockPool):
                 self._maybe_evict_cached_block(block)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        """Take blocks out of the prefix cache; unreferenced ones become free."""
+        """Take blocks of this pool out of the prefix cache; unreferenced ones become free."""
         for block_id in sorted(block_ids):
+            assert kind_of(block_id) is self.kind, f"block {block_id} is of the other pool"
             self._maybe_evict_cached_block(self.blocks[block_id & ID_MASK])
             if self.arena.is_cached(block_id):
                 self.arena.drop(block_id)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget every hash, if no block is referenced."""
-        used = self.arena.used(self.kind)
-        if used:
-            logger.warning(
-                "Failed to reset prefix cache because some %s blocks (%d) are not freed yet",
-                self.kind.label,
-                used,
-            )
-            return False
-        self.evict_blocks(set(self.arena.cached_handles(self.kind)))
+    def forget(self) -> None:
+        """Forget every hash; no block is referenced."""
+        for block_id in self.arena.cached_handles(self.kind):
+            self.blocks[block_id & ID_MASK].reset_hash()
+            self.arena.drop(block_id)
         self.cached_block_hash_to_block = BlockHashToBlockMap()
         self.cached_block_hashes_by_block.clear()
         if self.metrics_collector:
             self.metrics_collector.reset()
-        return True
 
     def get_num_free_blocks(self) -> int:
         """Blocks that could be referenced now if the other pool asked for nothing."""

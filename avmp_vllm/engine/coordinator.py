@@ -11,33 +11,44 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_events import AllBlocksCleared
+from vllm.logger import init_logger
 from vllm.v1.core.kv_cache_coordinator import (
     HybridKVCacheCoordinator,
     KVCacheCoordinator,
     KVCacheCoordinatorNoPrefixCache,
 )
-from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.block_pool import AVMPBlockPool
 from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
+from avmp_vllm.engine.state_manager import ROLE, StateManager
+from avmp_vllm.engine.state_pool import StatePool
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
+logger = init_logger("vllm." + __name__)
+
 #: Answer to "how many blocks?" when they do not fit, larger than any number of free blocks.
 NOT_NOW = 1 << 62
+#: Class of each kind's pool.
+POOLS: dict[Kind, type[AVMPBlockPool]] = {Kind.KV: AVMPBlockPool, Kind.SSM: StatePool}
 
 
 def without_blocks(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
-    """The same configuration with one block.
+    """The same configuration with one block, and with AVMP's manager for states.
 
     vLLM's constructors make an object for every block. Ours let them run on this and then bring the
     arena's own pools.
     """
-    return replace(kv_cache_config, num_blocks=1)
+    groups = [
+        replace(group, role=ROLE) if kind_of_spec(group.kv_cache_spec) is Kind.SSM else group
+        for group in kv_cache_config.kv_cache_groups
+    ]
+    return replace(kv_cache_config, num_blocks=1, kv_cache_groups=groups)
 
 
 class DualPoolCoordinator(KVCacheCoordinator):
@@ -51,6 +62,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
     Attributes:
         arena: The allocator.
         pools: By kind.
+        states: The pool of SSM blocks.
         kinds: Of each cache group.
     """
 
@@ -65,7 +77,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
         )
         stock = self.block_pool
         self.pools = {
-            kind: AVMPBlockPool(
+            kind: POOLS[kind](
                 self.arena,
                 kind,
                 stock.enable_caching,
@@ -76,6 +88,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
             for kind in Kind
         }
         self.block_pool = self.pools[Kind.KV]
+        states = self.pools[Kind.SSM]
+        assert isinstance(states, StatePool)
+        self.states = states
         #: New pages and blocks of the allocation that vLLM has just found to fit.
         self._next = (0, 0)
         self.kinds = [kind_of_spec(g.kv_cache_spec) for g in kv_cache_config.kv_cache_groups]
@@ -106,6 +121,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
         """
         if self.retention_interval != 0:
             prefill_end = 0  # as in the parent: dense retention reserves on every chunk
+        if apply_admission_cap:
+            prefill_end = NOT_NOW  # a state saved inside of a chunk can be forgone
         need = dict.fromkeys(Kind, 0)
         for manager, kind, computed in zip(
             self.single_type_managers, self.kinds, new_computed_blocks, strict=True
@@ -122,8 +139,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
             )
         pages, blocks = need[Kind.KV], need[Kind.SSM]
         arena = self.arena
-        if not arena.fits(pages, blocks) and self._forgo_state_copy(request_id):
-            blocks = need[Kind.SSM] = blocks - 1
+        if not apply_admission_cap and not arena.fits(pages, blocks):
+            blocks = need[Kind.SSM] = blocks - self._forgo(request_id)
         if not arena.fits(pages, blocks):
             # More states than can exist is how a manager says "in the next step": no failure.
             if not apply_admission_cap and blocks <= arena.geometry.block_limit:
@@ -140,20 +157,13 @@ class DualPoolCoordinator(KVCacheCoordinator):
             self._next = need[Kind.KV], need[Kind.SSM]
         return min(in_pages, arena.available(Kind.KV))
 
-    def _forgo_state_copy(self, request_id: str) -> bool:
-        """Give up a running request's copy of the state at its prompt's last page, if it is due.
-
-        The copy serves later requests. Where bytes are short it is not worth a preemption: the
-        state is overwritten without one, and its hash goes.
-        """
-        for manager in self.single_type_managers:
-            if isinstance(manager, MambaManager) and request_id in manager._partial_hit_reqs:
-                assert request_id in manager._allocated_block_reqs, "a newcomer's hit has no copy"
-                _, state = manager._partial_hit_reqs.pop(request_id)
-                manager._producer_partial_tail_reqs.pop(request_id, None)
-                manager.block_pool._maybe_evict_cached_block(state)
-                return True
-        return False
+    def _forgo(self, request_id: str) -> int:
+        """Give up the states that a step would save for others; how many blocks that spares."""
+        return sum(
+            manager.forgo(request_id)
+            for manager in self.single_type_managers
+            if isinstance(manager, StateManager)
+        )
 
     def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
         """Allocate what was just asked for, making room for both pools at once.
@@ -165,6 +175,31 @@ class DualPoolCoordinator(KVCacheCoordinator):
         if self.arena.fits(pages, blocks):
             self.arena.reserve(pages, blocks)
         return super().allocate_new_blocks(*args, **kwargs)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Take blocks of either pool out of the prefix cache."""
+        for kind, pool in self.pools.items():
+            pool.evict_blocks({block_id for block_id in block_ids if kind_of(block_id) is kind})
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every hash of both pools, or of none if any block is referenced."""
+        pages, states = (self.arena.used(kind) for kind in Kind)
+        if pages or states:
+            logger.warning(
+                "AVMP: the prefix cache is not reset, because pages (%d) and states (%d) are in "
+                "use; reset it when no request runs, or reset the running requests, too",
+                pages,
+                states,
+            )
+            return False
+        for pool in self.pools.values():
+            pool.forget()
+        if self.block_pool.enable_kv_cache_events:
+            # In one queue, so that nothing that was cached before seems to be cached after.
+            events = self.block_pool.kv_event_queue
+            events += self.states.take_events()
+            events.append(AllBlocksCleared())
+        return True
 
 
 class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):

@@ -25,9 +25,10 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
 )
 
-from avmp_vllm.core import Geometry, Kind, KVLayer, SSMLayer
+from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, KVLayer, SSMLayer
 from avmp_vllm.core.capacity import STATE_ALIGNMENT, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine import last_line
 from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ logger = init_logger("vllm." + __name__)
 
 #: Default spacing of state checkpoints, in tokens, before rounding up to whole pages.
 CHECKPOINT_TOKENS = 512
-#: SSM blocks that one request may hold at a time with prefix caching: the state of the last
-#: checkpoint, the running one, and a private copy of the prompt's last page's state. Layers that
-#: can save a state in the middle of a prefill add theirs.
-BLOCKS_PER_CACHED_REQUEST = 3
 
 
 @dataclass
@@ -82,6 +79,7 @@ def group_of(kv_cache_config: KVCacheConfig, kind: Kind) -> KVCacheGroupSpec:
 def align_hybrid_block_size(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``Platform._align_hybrid_block_size``: keep both kinds of page at their exact size."""
 
+    @last_line.left_by(ConfigError)
     def wrapper(cls: type, vllm_config: VllmConfig, backend_cls: type[AttentionBackend]) -> None:
         config = selected(vllm_config.additional_config)
         if config is None:
@@ -204,12 +202,17 @@ def arena_config(
     shared = {kind: _only_spec(kind, layers[kind]) for kind in Kind}
     page = shared[Kind.KV].page_size_bytes
     state = ceil_div(shared[Kind.SSM].page_size_bytes, STATE_ALIGNMENT) * STATE_ALIGNMENT
-    geometry = Geometry.from_layers(
-        arena_bytes,
-        [KVLayer(page // shared[Kind.KV].block_size)] * len(layers[Kind.KV]),
-        [SSMLayer(state)] * len(layers[Kind.SSM]),
-        shared[Kind.KV].block_size,
-    )
+    try:
+        geometry = Geometry.from_layers(
+            arena_bytes,
+            [KVLayer(page // shared[Kind.KV].block_size)] * len(layers[Kind.KV]),
+            [SSMLayer(state)] * len(layers[Kind.SSM]),
+            shared[Kind.KV].block_size,
+        )
+    except ValueError as error:  # No bytes at all, or fewer than a page of each kind.
+        raise ArenaTooSmall(
+            f"{error}; raise --kv-cache-memory-bytes or --gpu-memory-utilization"
+        ) from None
     return AVMPCacheConfig(
         num_blocks=geometry.pages,
         kv_cache_tensors=[
@@ -244,11 +247,21 @@ def _only_spec(kind: Kind, layers: dict[str, KVCacheSpec]) -> KVCacheSpec:
     return replace(first)
 
 
-def blocks_per_request(spec: MambaSpec) -> int:
-    """Most SSM blocks that one request holds at a time."""
+def blocks_per_request(spec: MambaSpec, steps: int) -> int:
+    """Most SSM blocks that one request must be able to hold at a time.
+
+    With prefix caching, a running state moves to another block with its chunks. So a request holds
+    the state of the last step that is known to have run, that of each step in flight with the one
+    that it saves inside of its chunk, and that of the step being scheduled. One that begins at a
+    cached state holds that, its private copy, and its own.
+
+    Args:
+        spec: Of the SSM layers.
+        steps: That may be in flight at once, the one being scheduled included.
+    """
     if spec.mamba_cache_mode != "align":
         return 1
-    return BLOCKS_PER_CACHED_REQUEST + spec.num_prefill_checkpoint_blocks
+    return max(3, 2 + (steps - 1) * (1 + spec.num_prefill_checkpoint_blocks))
 
 
 def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> None:
@@ -259,7 +272,9 @@ def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> 
     """
     model, geometry = vllm_config.model_config, kv_cache_config.geometry
     assert geometry is not None
-    blocks = blocks_per_request(group_of(kv_cache_config, Kind.SSM).kv_cache_spec)
+    blocks = blocks_per_request(
+        group_of(kv_cache_config, Kind.SSM).kv_cache_spec, vllm_config.max_concurrent_batches
+    )
     if model.original_max_model_len == -1:
         fixed = (geometry.null_blocks + blocks) * geometry.block_bytes
         room = geometry.pages * geometry.page_bytes - fixed

@@ -15,10 +15,12 @@ from avmp_vllm.engine.coordinator import (
     without_blocks,
 )
 from avmp_vllm.engine.layout import AVMPCacheConfig
+from avmp_vllm.engine.state_manager import StateManager
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
+    from vllm.v1.request import Request
 
 
 class AVMPBlockSpaceManager(KVCacheManager):
@@ -130,6 +132,36 @@ class AVMPBlockSpaceManager(KVCacheManager):
         kv.kv_event_queue += ssm.take_events()
         return super().take_events()
 
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Take blocks of either pool out of the prefix cache."""
+        self.coordinator.evict_blocks(block_ids)
+
+    def holds(self, request: Request) -> bool:
+        """Whether a request has blocks."""
+        return any(
+            manager.req_to_blocks.get(request.request_id)
+            for manager in self.coordinator.single_type_managers
+        )
+
+    def state_position(self, request: Request) -> int:
+        """Tokens that a request's running state covers, once all scheduled steps have run."""
+        return next(
+            manager.position(request.request_id)
+            for manager in self.coordinator.single_type_managers
+            if isinstance(manager, StateManager)
+        )
+
+    def unpublish_after(self, request: Request, num_tokens: int) -> None:
+        """Take a request's blocks out of the prefix cache that cover more than so many tokens.
+
+        vLLM publishes a chunk's blocks when it schedules the chunk. With priorities, a request may
+        be preempted later in the same step, and the chunk is never computed.
+        """
+        for manager in self.coordinator.single_type_managers:
+            for block in manager.req_to_blocks.get(request.request_id, ()):
+                if (block.block_hash_num_tokens or 0) > num_tokens:
+                    manager.block_pool._maybe_evict_cached_block(block)
+
     def verify(self) -> None:
         """Check every invariant of the arena, and that vLLM's blocks agree with it.
 
@@ -146,6 +178,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 cached = self.arena.is_cached(block.block_id)
                 if cached != (block.block_hash is not None):
                     found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
+        found += self.coordinator.states.misplaced()
         for manager in self.coordinator.single_type_managers:
             for request, blocks in manager.req_to_blocks.items():
                 found += [

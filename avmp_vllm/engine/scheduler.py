@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import get_mamba_prefill_checkpoint_position
+from vllm.v1.kv_cache_interface import (
+    get_mamba_prefill_checkpoint_position,
+    is_mamba_prefill_checkpoint_valid,
+)
 
-from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine import metrics
 from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.coordinator import without_blocks
 from avmp_vllm.engine.layout import AVMPCacheConfig, checkpoint_spacing, tail_tokens
 from avmp_vllm.engine.manager import AVMPBlockSpaceManager
+from avmp_vllm.engine.sessions import StreamingSessions
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,7 +29,7 @@ if TYPE_CHECKING:
 PLAN = "avmp_move_plan"
 
 
-class MovePlanMixin(Scheduler):
+class MovePlanMixin(StreamingSessions):
     """What AVMP adds to either of vLLM's schedulers."""
 
     def __init__(
@@ -63,6 +66,8 @@ class MovePlanMixin(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
         output = super().schedule(*args, **kwargs)
+        if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
+            self.release_paused()  # somebody waits for their blocks; the next step has them
         manager = self.kv_cache_manager
         plan = manager.take_move_plan(output.new_block_ids_to_zero)
         # Both lists name handles; the plan has them as physical pages, in the right order.
@@ -85,33 +90,49 @@ class MovePlanMixin(Scheduler):
         Every end before the prompt's own costs the request a step. vLLM ends a chunk at the last
         checkpoint boundary and again at the prompt's last page. The first is of no use where only
         the prompt's own state is kept, which is the later one; the second only where it spares
-        a later prompt enough tokens.
+        a later prompt enough tokens. A chunk that ends anywhere else publishes nothing, so it may
+        end where the step's budget does.
         """
-        clipped = super()._mamba_block_aligned_split(
-            request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
-        )
+        if self.kv_cache_manager.coordinator.retention_interval != 0:
+            aligned = super()._mamba_block_aligned_split(
+                request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+            )
+            # Zero: the step's budget does not reach the next boundary, and might never.
+            return aligned or num_new_tokens
         hit = num_new_local_computed_tokens
         start = request.num_computed_tokens + hit + num_external_computed_tokens
-        end, prompt = start + num_new_tokens, request.num_prompt_tokens
-        if (
-            clipped == num_new_tokens
-            or end < prompt
-            or request.num_tokens > prompt  # resumed: its answer so far is computed again
-            or start < request.shared_prefix_boundary < end
-        ):
-            return clipped
+        end = start + num_new_tokens
         spacing = self.cache_config.block_size
-        # A running state that is inside of a checkpoint's block may not leave it: the block would
-        # be published with a state that is not its end's.
-        limit = end if start % spacing == 0 else min(end, ceil_div(start, spacing) * spacing)
-        if limit < prompt or self.kv_cache_manager.coordinator.retention_interval != 0:
-            return clipped
-        kept = get_mamba_prefill_checkpoint_position(
-            prompt, self.hash_block_size, drop_eagle_block=False
+        stops = [request.shared_prefix_boundary // spacing * spacing]
+        tail = get_mamba_prefill_checkpoint_position(
+            request.num_prompt_tokens, self.hash_block_size, drop_eagle_block=False
         )
-        if kept > start and kept - hit >= self._tail_tokens:
-            return kept - start
-        return num_new_tokens
+        if tail - hit >= self._tail_tokens and not self._saves_inside(request, start, end):
+            stops.append(tail)
+        return min((stop for stop in stops if start < stop < end), default=end) - start
+
+    def _saves_inside(self, request: Request, start: int, end: int) -> bool:
+        """Whether the layers save the state at the prompt's last page without ending there."""
+        prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
+        return (
+            self.mamba_has_prefill_checkpoint_blocks
+            and end >= prefill_end
+            and is_mamba_prefill_checkpoint_valid(
+                query_start=start,
+                query_end=end,
+                checkpoint_position=get_mamba_prefill_checkpoint_position(
+                    end, self.hash_block_size, drop_eagle_block=False
+                ),
+                hash_block_size=self.hash_block_size,
+                mamba_block_size=self.cache_config.block_size,
+                checkpoint_alignment=self.mamba_prefill_checkpoint_alignment,
+            )
+        )
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Preempt a request; if its chunk of this very step is lost, so is what it published."""
+        self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add the arena's counters to vLLM's statistics."""

@@ -45,6 +45,19 @@ def short_prompts(seed: int = 1) -> list[Prompt]:
     return [{"prompt_token_ids": tokens(rng, count)} for count in (18, 3, 14)]
 
 
+def branching_prompts() -> list[Prompt]:
+    """Prompts of which each leaves an earlier one inside of a block of 128 tokens, pages being 32.
+
+    The second and third resume behind the first's last page, at 160. The others leave those behind
+    the block's end at 256, so that a state at 160 which is published for 256 is read.
+    """
+    rng = random.Random(5)
+    first = tokens(rng, 180)
+    long, short = first + tokens(rng, 260), first + tokens(rng, 180)
+    prompts = [first, long, short, long[:260] + tokens(rng, 8), short[:260] + tokens(rng, 8)]
+    return [{"prompt_token_ids": prompt} for prompt in prompts]
+
+
 @contextlib.contextmanager
 def engine(model: str, *, avmp: dict[str, Any] | None = None, **options: Any) -> Iterator[LLM]:
     """Run a real vLLM engine in this process.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from enginelib import stock_answers
+from enginelib import branching_prompts, engine, greedy, stock_answers
 
 from avmp_vllm.engine.config import SELECTED
 from avmp_vllm.models.tiny_hybrids import write_tiny_granite_hybrid
@@ -206,6 +206,26 @@ def test_the_kernels_that_vllm_runs_on_cuda(done, expected, name, kernels):
     assert did["relocations"] > 0
     assert did["hits"] > 0
     assert did["rounds"] == [expected[name]] * 2
+
+
+@pytest.fixture(scope="module")
+def answers_to_branching(short_granite) -> list[list[list[int]]]:
+    """Stock vLLM's answers without a prefix cache."""
+    with engine(short_granite) as llm:
+        return greedy(llm, branching_prompts(), 6)
+
+
+@pytest.mark.parametrize("retention", ["", "_dense", "_interval"])
+def test_states_saved_inside_of_a_chunk_are_read_at_their_position(
+    done, answers_to_branching, retention
+):
+    """Prompts resume inside of a block, and run past its end in one chunk. The control: with the
+    block published for its end all the same, an answer changes."""
+    did, broken = done["branching" + retention], done["branching" + retention + "_broken"]
+    assert did["hits"] >= 2 * 160
+    assert did["answers"] == answers_to_branching
+    assert broken["hits"] > did["hits"]
+    assert broken["answers"] != answers_to_branching
 
 
 @pytest.mark.parametrize("name", ["no_table_writes", "no_copies", "no_rows"])

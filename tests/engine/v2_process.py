@@ -26,6 +26,7 @@ from avmp_kernels import selective_scan, state_update
 from cuda_mamba import cuda_mamba_layers
 from enginelib import (
     assert_nothing_held,
+    branching_prompts,
     counted,
     engine,
     greedy,
@@ -40,7 +41,9 @@ from vllm.v1.worker import mamba_utils
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.engine.block_pool import AVMPBlockPool
 from avmp_vllm.engine.plans import bytes_behind
+from avmp_vllm.engine.state_pool import StatePool
 
 # Fewer and larger programs: one costs the interpreter as much as it has steps, however wide they
 # are. Programs of a state in the copies of prefix caching; state elements of a program of AVMP's.
@@ -135,6 +138,33 @@ def cuda_layers(name: str, model: str) -> dict[str, Any]:
 
     with cuda_mamba_layers(), mock.patch.object(GridExecutor, "__call__", noting):
         return {**serve(name, model), "launched": sorted(launched)}
+
+
+def branching(model: str, retention: int | None, *patches: Any) -> dict[str, Any]:
+    """Serve branching prompts one after the other, with layers that save states inside of a chunk.
+
+    Args:
+        model: Folder of a Mamba-2 hybrid.
+        retention: vLLM's ``prefix_cache_retention_interval``.
+        patches: Something left out; checks that would notice it are off.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(cuda_mamba_layers())
+        for patch in patches:
+            stack.enter_context(patch)
+        llm = stack.enter_context(
+            engine(
+                model,
+                avmp={"checkpoint_tokens": 128, "verify": not patches},
+                enable_prefix_caching=True,
+                prefix_cache_retention_interval=retention,
+                max_num_batched_tokens=512,
+                kv_cache_memory_bytes=2_000_000,
+            )
+        )
+        answers = [greedy(llm, [prompt], 6, temperature=0)[0] for prompt in branching_prompts()]
+        hits = next(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+        return {"answers": answers, "hits": hits}
 
 
 def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[str, Any]:
@@ -450,6 +480,9 @@ def scenarios(
     """
     write_nothing = mock.patch.object(DevicePageTable, "apply", PageTable.apply)
     move_nothing = mock.patch("avmp_vllm.backing.kernel_buffer.relocate")
+    publish_anything = mock.patch.object(
+        StatePool, "cache_full_blocks", AVMPBlockPool.cache_full_blocks
+    )
     return {
         "no_cache": lambda: serve("no_cache", jamba, rounds=1),
         "cache": lambda: serve("cache", jamba),
@@ -459,6 +492,12 @@ def scenarios(
         "handles_granite": lambda: by_handle("handles_granite", short_granite),
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
+        "branching": lambda: branching(short_granite, 0),
+        "branching_dense": lambda: branching(short_granite, None),
+        "branching_interval": lambda: branching(short_granite, 256),
+        "branching_broken": lambda: branching(short_granite, 0, publish_anything),
+        "branching_dense_broken": lambda: branching(short_granite, None, publish_anything),
+        "branching_interval_broken": lambda: branching(short_granite, 256, publish_anything),
         "poisoned": lambda: poisoned(jamba),
         "dummy_runs": lambda: dummy_runs(jamba),
         "graph_profiling": lambda: graph_profiling(jamba),

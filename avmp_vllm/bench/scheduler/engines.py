@@ -27,10 +27,11 @@ from avmp_vllm.core import Arena, Geometry, Kind
 from avmp_vllm.core.capacity import StaticSplit, stock_block_tokens
 from avmp_vllm.engine.coordinator import DualPoolCoordinator
 from avmp_vllm.engine.layout import (
-    BLOCKS_PER_CACHED_REQUEST,
     CHECKPOINT_TOKENS,
     arena_config,
+    blocks_per_request,
     fit_model_len,
+    group_of,
 )
 from avmp_vllm.engine.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.shapes import ModelShape
@@ -213,10 +214,9 @@ def _stock_config(vllm_config: VllmConfig, shape: ModelShape, settings: Settings
     return config
 
 
-def _require_static(geometry: Geometry, settings: Settings) -> None:
+def _require_static(geometry: Geometry, settings: Settings, states: int) -> None:
     split = StaticSplit(geometry, settings.static_ratio)
     needed = geometry.pages_for(settings.max_model_len)
-    states = BLOCKS_PER_CACHED_REQUEST if settings.prefix_caching else 1
     if split.pages < needed or split.blocks < states:
         raise TooSmall(
             f"static {settings.static_ratio:g} has {split.pages} KV pages and {split.blocks} SSM "
@@ -231,7 +231,12 @@ def _make_static(scheduler: Scheduler, settings: Settings) -> StaticArena:
     manager = scheduler.kv_cache_manager
     coordinator = manager.coordinator
     assert isinstance(coordinator, DualPoolCoordinator)
-    _require_static(manager.geometry, settings)
+    spec = group_of(manager.kv_cache_config, Kind.SSM).kv_cache_spec
+    _require_static(
+        manager.geometry,
+        settings,
+        blocks_per_request(spec, scheduler.vllm_config.max_concurrent_batches),
+    )
     arena = StaticArena(manager.geometry, settings.static_ratio, coordinator._evict)
     manager.arena = coordinator.arena = arena
     for pool in coordinator.pools.values():
