@@ -5,6 +5,7 @@ plugin            entry point: what is registered when vLLM loads its plugins
 seams             the table of every place where vLLM is changed, and its installation
 flag              ``--block-manager`` on the command line
 config            the options under ``additional_config["avmp"]``
+last_line         a refusal is the last line that the user of a command line reads
 options           vLLM options that AVMP refuses
 layout            page sizes, cache groups and tensors of an arena
 capacity          what fits, printed at start-up

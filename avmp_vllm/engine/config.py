@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,10 +68,10 @@ class AVMPConfig(BaseModel):
         if not isinstance(value, dict):
             raise ConfigError(
                 f'additional_config["avmp"] must be a mapping or the path of a YAML file, '
-                f"not {value!r}"
+                f"not {reprlib.repr(value)}"
             )
         try:
-            config = cls(**value)
+            config = cls.model_validate(value)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
         if os.environ.get("AVMP_VERIFY", "") not in ("", "0"):
@@ -78,15 +79,26 @@ class AVMPConfig(BaseModel):
         return config
 
 
-def _read_yaml(path: str) -> Any:
+def _read_yaml(path: str) -> dict[Any, Any]:
+    where = f'additional_config["avmp"] = {path!r}'
+    form = "it holds a line 'option: value' for each of AVMP's options"
     try:
-        return yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
+        content = Path(path).read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path.
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f'additional_config["avmp"]: cannot read {path}: {error.strerror}'
+            f"{where} cannot be read: {reason}; name a YAML file with AVMP's options, or give "
+            "them as a mapping"
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f'additional_config["avmp"]: {path} is not YAML: {error}') from None
+    try:
+        options = yaml.safe_load(content)
+    except Exception as error:  # PyYAML lets errors of Python through, RecursionError among them.
+        raise ConfigError(f"{where} is not YAML: {' '.join(str(error).split())}; {form}") from None
+    if options is None:  # An empty file sets no option.
+        return {}
+    if not isinstance(options, dict):
+        raise ConfigError(f"{where} is not a mapping but {reprlib.repr(options)}; {form}")
+    return options
 
 
 def _explain(error: ValidationError) -> str:
@@ -94,14 +106,15 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
+        if problem["type"] in ("extra_forbidden", "invalid_key"):
             near = difflib.get_close_matches(key, AVMPConfig.model_fields, n=1, cutoff=0.0)
             lines.append(
                 f"unknown option {key!r}: did you mean {near[0]!r}? "
                 f"Known: {', '.join(AVMPConfig.model_fields)}"
             )
         else:
-            lines.append(f"option {key!r} = {problem['input']!r}: {problem['msg']}")
+            given = reprlib.repr(problem["input"])
+            lines.append(f"option {key!r} = {given}: {problem['msg']}")
     return 'additional_config["avmp"]: ' + "; ".join(lines)
 
 

@@ -1,8 +1,9 @@
 """``--block-manager`` on vLLM's command line.
 
-vLLM's ``EngineArgs`` is a dataclass that drops arguments it does not know, so the flag's value
-travels in ``additional_config``. It is merged there after parsing, so that ``--additional-config``
-may stand before or after the flag.
+vLLM's ``EngineArgs`` is a dataclass that drops arguments it does not know and whose attributes are
+handed on as keywords, so the flag's value travels in ``additional_config`` and nothing else is
+added. It is merged there after parsing, so that ``--additional-config`` may stand before or after
+the flag.
 """
 
 from __future__ import annotations
@@ -11,10 +12,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from avmp_vllm.engine.config import BLOCK_MANAGERS
-
-#: Attribute of engine arguments that came from a command line; their errors need no traceback.
-FROM_COMMAND_LINE = "avmp_from_command_line"
+from avmp_vllm.engine import last_line
+from avmp_vllm.engine.config import BLOCK_MANAGERS, ConfigError, selected
 
 HELP = (
     "Who manages the cache of a hybrid attention/SSM model: vLLM itself (default), or AVMP, which "
@@ -41,10 +40,29 @@ def from_cli_args(stock: Callable[..., Any]) -> Callable[..., Any]:
     def wrapper(cls: type, args: argparse.Namespace) -> Any:
         manager = getattr(args, "block_manager", None)
         additional = getattr(args, "additional_config", None) or {}
-        if manager is not None and manager != additional.get("block_manager", "default"):
-            args.additional_config = {**additional, "block_manager": manager}
-        engine_args = stock(cls, args)
-        setattr(engine_args, FROM_COMMAND_LINE, True)
-        return engine_args
+        if manager == "avmp" or _names_avmp(additional):
+            last_line.print_at_the_end()
+            args.additional_config = _merge(manager, additional)
+            # Options that are wrong end the command here, not in a process that it starts.
+            selected(args.additional_config)
+        return stock(cls, args)
 
     return wrapper
+
+
+def _names_avmp(additional: object) -> bool:
+    return isinstance(additional, dict) and not {"block_manager", "avmp"}.isdisjoint(additional)
+
+
+def _merge(manager: str | None, additional: object) -> dict[str, Any]:
+    """``additional_config`` with the flag's value in it; the flag wins.
+
+    Raises:
+        ConfigError: There is no mapping to put it into.
+    """
+    if not isinstance(additional, dict):
+        raise ConfigError(
+            f"--additional-config {additional} is not a mapping, and --block-manager {manager} "
+            """needs one: write '{"avmp": {...}}' with AVMP's options in it, or leave it out"""
+        )
+    return additional if manager is None else {**additional, "block_manager": manager}

@@ -98,16 +98,12 @@ REFUSALS = (
         "an arena has pages of two sizes; give its bytes with --kv-cache-memory-bytes",
     ),
     Refusal(
-        "--mamba-cache-mode",
-        lambda c: c.cache_config.mamba_cache_mode,
-        lambda mode: mode not in ("none", "align"),
-        "AVMP knows the modes none and align",
-    ),
-    Refusal(
         "--use-replayssm",
         lambda c: c.cache_config.use_replayssm,
         _true,
-        "its buffers are a second SSM state layout",
+        "FlashInfer's variant keeps each state's place in its ring of inputs in tables beside the "
+        "cache, by physical slot, and AVMP moves states without them; Triton's, all of whose "
+        "buffers lie in the state's block, has not been tried",
     ),
 )
 

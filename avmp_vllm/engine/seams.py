@@ -77,6 +77,14 @@ ENGINE = (
     ),
     Seam(
         "vllm.v1.engine.core",
+        "EngineCore._initialize_kv_caches",
+        "avmp_vllm.engine.last_line:initialize_kv_caches",
+        ("self", "vllm_config"),
+        "an arena that is too small is the last line that the user reads",
+        "errors of the engine core handed to the process that started it",
+    ),
+    Seam(
+        "vllm.v1.engine.core",
         "get_kv_cache_configs",
         "avmp_vllm.engine.layout:get_kv_cache_configs",
         ("vllm_config", "kv_cache_specs", "available_memory"),

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from avmp_vllm.engine import options, seams
+from avmp_vllm.engine import last_line, options, seams
 from avmp_vllm.engine.config import SELECTED, ConfigError, selected
-from avmp_vllm.engine.flag import FROM_COMMAND_LINE
 from avmp_vllm.version import SUPPORTED_VLLM
 
 if TYPE_CHECKING:
@@ -49,43 +48,30 @@ def require_supported_vllm(found: str) -> None:
 def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineArgs.create_engine_config``: put AVMP in charge where it is asked for."""
 
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
-        try:
-            return _create(stock, self, *args, **kwargs)
-        except ConfigError as error:
-            if getattr(self, FROM_COMMAND_LINE, False):
-                raise SystemExit(f"vllm: error: {error}") from None
-            raise
+    @last_line.left_by(ConfigError)
+    def wrapper(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        config = selected(self.additional_config)
+        if config is None:
+            return stock(self, *args, **kwargs)
+        require_supported_vllm(vllm_version())
+        # Read once, here: other processes get the values, not a file's name or a variable.
+        self.additional_config = {**self.additional_config, "avmp": config.model_dump()}
+        # Child processes install the engine seams when they load their plugins.
+        os.environ[SELECTED] = "avmp"
+        seams.install(seams.ENGINE)
+        if config.kernels == "handles":
+            from avmp_vllm.engine import handle_kernels
+
+            handle_kernels.select_backend(self)
+        vllm_config = stock(self, *args, **kwargs)
+        if self.async_scheduling and self.speculative_config is None:
+            # The CPU platform turns asynchronous scheduling off because it gains nothing there;
+            # somebody who asks for it by name gets it.
+            vllm_config.scheduler_config.async_scheduling = True
+        take_charge(vllm_config)
+        return vllm_config
 
     return wrapper
-
-
-def _create(
-    stock: Callable[..., Any], engine_args: EngineArgs, *args: Any, **kwargs: Any
-) -> VllmConfig:
-    config = selected(engine_args.additional_config)
-    if config is None:
-        return stock(engine_args, *args, **kwargs)
-    require_supported_vllm(vllm_version())
-    # Read once, here: other processes get the values, not a file's name or a variable.
-    engine_args.additional_config = {
-        **engine_args.additional_config,
-        "avmp": config.model_dump(),
-    }
-    # Child processes install the engine seams when they load their plugins.
-    os.environ[SELECTED] = "avmp"
-    seams.install(seams.ENGINE)
-    if config.kernels == "handles":
-        from avmp_vllm.engine import handle_kernels
-
-        handle_kernels.select_backend(engine_args)
-    vllm_config = stock(engine_args, *args, **kwargs)
-    if engine_args.async_scheduling and engine_args.speculative_config is None:
-        # The CPU platform turns asynchronous scheduling off because it gains nothing there;
-        # somebody who asks for it by name gets it.
-        vllm_config.scheduler_config.async_scheduling = True
-    take_charge(vllm_config)
-    return vllm_config
 
 
 def take_charge(vllm_config: VllmConfig) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from typing import get_args
 
 import pytest
 from enginelib import engine
+from vllm.config.cache import MambaCacheMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from avmp_vllm.engine import last_line
 from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
 from avmp_vllm.engine.options import REFUSALS, refuse
 from avmp_vllm.engine.selection import ASYNC_SCHEDULER, SCHEDULER, take_charge
@@ -59,12 +63,41 @@ def test_unknown_block_manager_on_the_command_line(capsys):
     assert "default" in error
 
 
-def test_wrong_options_on_a_command_line_end_without_a_traceback(tiny_jamba):
-    """What a user of ``vllm serve`` sees is the message alone."""
-    words = ("--model", tiny_jamba, "--block-manager", "avmp")
-    arguments = _parse(*words, "--additional-config", '{"avmp": {"page_token": 4}}')
-    with pytest.raises(SystemExit, match=r"vllm: error: .*did you mean 'page_tokens'"):
-        arguments.create_engine_config()
+def test_wrong_options_on_a_command_line_are_found_at_once():
+    """Not by a process that the command starts."""
+    with pytest.raises(ConfigError, match="did you mean 'page_tokens'"):
+        _parse("--block-manager", "avmp", "--additional-config", '{"avmp": {"page_token": 4}}')
+
+
+@pytest.mark.parametrize("value", ["[1]", "5", "{", "true", '"avmp"', "avmp.yaml"])
+def test_additional_config_that_is_not_a_mapping(value):
+    """Named with the way out if AVMP needs it; else it is vLLM's to judge."""
+    with pytest.raises(ConfigError) as refused:
+        _parse("--block-manager", "avmp", "--additional-config", value)
+    assert str(refused.value).startswith(f"--additional-config {value} is not a mapping")
+    assert """write '{"avmp": {...}}'""" in str(refused.value)
+    for words in ((), ("--block-manager", "default")):
+        assert _parse(*words, "--additional-config", value).additional_config == value
+
+
+@pytest.mark.parametrize("value", ["", "{}"])
+def test_empty_additional_config(value):
+    """The same as none."""
+    arguments = _parse("--block-manager", "avmp", "--additional-config", value)
+    assert selected(arguments.additional_config) == AVMPConfig()
+
+
+def test_an_uncaught_refusal_is_one_line(capsys):
+    """This process's own without a traceback; another process's below the traceback of vLLM."""
+    _parse("--block-manager", "avmp")
+    sys.excepthook(ConfigError, ConfigError("page_tokens = 1:\n  no"), None)
+    assert capsys.readouterr().err == "vllm: error: AVMP: page_tokens = 1: no\n"
+    with pytest.raises(ConfigError), last_line.left_by(ConfigError):
+        raise ConfigError("too small: \udcff")
+    sys.excepthook(RuntimeError, RuntimeError("initialization failed"), None)
+    *above, last = capsys.readouterr().err.splitlines()
+    assert above == ["RuntimeError: initialization failed"]
+    assert last == r"vllm: error: AVMP: too small: \udcff"
 
 
 def test_yaml_file(tmp_path):
@@ -107,7 +140,19 @@ def test_verify_by_environment(monkeypatch):
         ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
         ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),
-        ({"block_manager": "avmp", "avmp": "/no/such.yaml"}, "cannot read /no/such.yaml"),
+        ({"block_manager": "avmp", "avmp": {5: 1}}, "unknown option '5': .*Known: page_tokens"),
+        ({"block_manager": "avmp", "avmp": {None: 1}}, "unknown option 'None': .*Known"),
+        (
+            {"block_manager": "avmp", "avmp": {"verify": [[]] * 99}},
+            r"'verify' = \[\[\], .*\.\.\.\]",
+        ),
+        ({"block_manager": "avmp", "avmp": "/no/such.yaml"}, "/no/such.yaml' cannot be read: No"),
+        ({"block_manager": "avmp", "avmp": "/"}, "'/' cannot be read: Is a directory; name a"),
+        ({"block_manager": "avmp", "avmp": ""}, "'' cannot be read: Is a directory; name a"),
+        (
+            {"block_manager": "avmp", "avmp": "a\0b"},
+            r"'a\\x00b' cannot be read: embedded null byte",
+        ),
     ],
 )
 def test_wrong_options(additional, message):
@@ -116,12 +161,37 @@ def test_wrong_options(additional, message):
         selected(additional)
 
 
-def test_file_that_is_not_yaml(tmp_path):
-    """The file is named."""
-    path = tmp_path / "broken.yaml"
-    path.write_text("{: [")
-    with pytest.raises(ConfigError, match=r"broken\.yaml is not YAML"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{: [", r"given\.yaml' is not YAML: .*line 1, column 2"),
+        (b"page_tokens: \xff", r"given\.yaml' is not YAML: .*invalid start byte"),
+        (b"page_tokens: 3\0", r"given\.yaml' is not YAML: .*special characters are not allowed"),
+        (b"[" * 5000, r"given\.yaml' is not YAML: maximum recursion depth exceeded"),
+        (b"page_tokens: 2024-13-01", r"given\.yaml' is not YAML: month must be in 1\.\.12"),
+        (b"page_tokens: !!int ''", r"given\.yaml' is not YAML: .*index out of range"),
+        (b"- page_tokens", r"given\.yaml' is not a mapping but \['page_tokens'\]"),
+        (b"false", r"given\.yaml' is not a mapping but False"),
+        (b"5: 1", "unknown option '5': .*Known: page_tokens"),
+        (b"~: 1", "unknown option 'None': .*Known: page_tokens"),
+        (b"page_tokens: &a [*a]", r"option 'page_tokens' = \[.*\]: .*valid integer"),
+    ],
+)
+def test_file_that_holds_no_options(tmp_path, content, message):
+    """The file or the key is named, in one line."""
+    path = tmp_path / "given.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as refused:
         selected({"block_manager": "avmp", "avmp": str(path)})
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"# nothing yet\n", b"{}"])
+def test_file_without_options(tmp_path, content):
+    """Sets none."""
+    path = tmp_path / "given.yaml"
+    path.write_bytes(content)
+    assert AVMPConfig.read(str(path)) == AVMPConfig()
 
 
 # -- vLLM's options --------------------------------------------------------------------------------
@@ -152,9 +222,13 @@ SET = {
     "--attention-config.hisparse_config": {"attention_config.hisparse_config": object()},
     "--disable-hybrid-kv-cache-manager": {"scheduler_config.disable_hybrid_kv_cache_manager": True},
     "--num-gpu-blocks-override": {"cache_config.num_gpu_blocks_override": 100},
-    "--mamba-cache-mode": {"cache_config.mamba_cache_mode": "all"},
     "--use-replayssm": {"cache_config.use_replayssm": True},
 }
+
+
+def test_every_mamba_cache_mode_of_vllm_is_known():
+    """AVMP refuses none: these two are all that vLLM takes."""
+    assert set(get_args(MambaCacheMode)) == {"none", "align"}
 
 
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.option)
@@ -229,7 +303,7 @@ def test_model_without_attention_layers(tiny_mamba):
         ({"checkpoint_tokens": 100}, {}, "checkpoint_tokens = 100: .*page's 32.*128 is the next"),
         ({"checkpoint_tokens": 32}, {}, "checkpoint_tokens = 32: .*more than one page"),
         ({}, {"kv_cache_memory_bytes": 600_000}, "max_model_len=512 .*--kv-cache-memory-bytes"),
-        ({}, {"kv_cache_memory_bytes": 100_000}, "an arena of 100000 bytes"),
+        ({}, {"kv_cache_memory_bytes": 100_000}, "of 100000 bytes .*--gpu-memory-utilization"),
     ],
 )
 def test_sizes_that_cannot_work(tiny_jamba, avmp, options, message):
