@@ -31,6 +31,11 @@ lint: setup ## ruff and mypy only
 format: setup ## let ruff put the files in order
 	@$(BIN)/ruff check --fix && $(BIN)/ruff format
 
+.PHONY: docs
+docs: setup ## build the documentation site into build/docs; a broken link is an error
+	@$(BIN)/sphinx-build -W -n --keep-going -q -c docs . build/docs
+	@echo build/docs/docs/index.html
+
 bench-%: setup ## run the benchmark NAME (BENCH_FLAGS=...); `.venv/bin/avmp bench --help` lists them
 	@$(BIN)/avmp bench $* $(BENCH_FLAGS)
 

@@ -23,6 +23,8 @@ class Command(NamedTuple):
 
 COMMANDS: dict[str, Command] = {
     "plan": Command("avmp_vllm.planner.command", "what fits: stock vLLM, a static split, AVMP"),
+    "doctor": Command("avmp_vllm.doctor.command", "is this machine, or command line, ready?"),
+    "top": Command("avmp_vllm.top.command", "watch a running server's arena"),
     "tiny-jamba": Command("avmp_vllm.models.tiny_jamba", "write a tiny Jamba checkpoint"),
     "demo": Command("avmp_vllm.demo.run", "serve, replay conversations, compare with stock vLLM"),
     "plot": Command("avmp_vllm.plots.command", "draw a result file of `avmp bench`"),
@@ -68,7 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         bench = commands.add_parser("bench", help="measure, always against a baseline")
         benches = bench.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
         _add(benches, BENCHMARKS, words[1] if words[0] == "bench" else "")
-    args = parser.parse_args(argv)
+    args, others = parser.parse_known_args(argv)
+    if hasattr(args, "serve_arguments"):  # a command that takes those of `vllm serve` as well
+        args.serve_arguments = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     return args.run(args) or 0
 
 

@@ -13,14 +13,18 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from matplotlib.path import Path as Curve
 
-from avmp_vllm.core import Arena, Geometry, Kind, kind_of
+from avmp_vllm.core import Arena, Geometry, Kind, Relocation, kind_of
 
 # Okabe and Ito's colours, told apart by every reader; the hatch tells them apart in print.
 COLOURS = {Kind.KV: "#0072B2", Kind.SSM: "#E69F00"}
 FREE, NULL = "#f4f4f4", "#bbbbbb"
 HEIGHT = 1.0
+#: How far above the bar the arcs of the nearest and of the farthest relocation reach.
+LOWEST, HIGHEST = 0.35, 1.1
 ARROW = {"arrowstyle": "-", "linewidth": 0.8}
 
 
@@ -66,15 +70,35 @@ def draw(axes: Axes, arena: Arena, held: set[int], title: str) -> None:
         )
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlim(-4, geometry.arena_bytes + 4)
-    axes.set_ylim(-0.1, 1.55)
     axes.axis("off")
 
 
-def main() -> None:
-    """Write ``arena.svg`` beside this file."""
-    plt.rcParams["svg.hashsalt"] = "avmp"  # the same bytes at every run
-    plt.rcParams["svg.fonttype"] = "none"
-    figure, (before, after) = plt.subplots(2, 1, figsize=(10, 3.6))
+def draw_moves(axes: Axes, moves: list[Relocation], unit: int) -> None:
+    """An arc from where each page was to where it is now, higher the farther it moved."""
+    farthest = max(abs(move.source - move.target) for move in moves)
+    for move in moves:
+        assert kind_of(move.handle) is Kind.KV
+        start, end = ((index + 0.5) * unit for index in (move.source, move.target))
+        share = abs(move.source - move.target) / farthest
+        peak = HEIGHT + LOWEST + (HIGHEST - LOWEST) * share
+        # A quadratic curve rises half as high as its middle point.
+        points = [(start, HEIGHT), ((start + end) / 2, 2 * peak - HEIGHT), (end, HEIGHT)]
+        axes.add_patch(
+            FancyArrowPatch(
+                path=Curve(points, [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3]),
+                arrowstyle="-|>",
+                mutation_scale=9,
+                color="#333333",
+                linewidth=0.9,
+            )
+        )
+
+
+def picture() -> Figure:
+    """Both bars, the arrows and the legend."""
+    figure, (before, after) = plt.subplots(
+        2, 1, figsize=(10, 4.1), gridspec_kw={"height_ratios": (1.65, 2.4)}
+    )
     arena, held = situation()
     draw(before, arena, held, "A request needs a state, and no SSM block is free")
     held.update(arena.allocate(blocks=1))
@@ -85,21 +109,9 @@ def main() -> None:
         held,
         f"Capacity has migrated: {len(moves)} live pages moved into holes, their handles stay",
     )
-    for move in moves:
-        assert kind_of(move.handle) is Kind.KV
-        unit = arena.geometry.page_bytes
-        start, end = ((index + 0.5) * unit for index in (move.source, move.target))
-        after.add_patch(
-            FancyArrowPatch(
-                (start, HEIGHT),
-                (end, HEIGHT),
-                connectionstyle="arc3,rad=-0.25",
-                arrowstyle="-|>",
-                mutation_scale=9,
-                color="#333333",
-                linewidth=0.9,
-            )
-        )
+    draw_moves(after, moves, arena.geometry.page_bytes)
+    before.set_ylim(-0.1, 1.55)
+    after.set_ylim(-0.1, HEIGHT + HIGHEST + 0.2)
     figure.legend(
         handles=[
             Patch(facecolor=COLOURS[Kind.SSM], hatch="///", edgecolor="white", label="SSM block"),
@@ -113,8 +125,15 @@ def main() -> None:
         fontsize=9,
     )
     figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return figure
+
+
+def main() -> None:
+    """Write ``arena.svg`` beside this file."""
+    plt.rcParams["svg.hashsalt"] = "avmp"  # the same bytes at every run
+    plt.rcParams["svg.fonttype"] = "none"
     path = Path(__file__).with_name("arena.svg")
-    figure.savefig(path, metadata={"Date": None})
+    picture().savefig(path, metadata={"Date": None})
     print(path)
 
 

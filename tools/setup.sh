@@ -186,7 +186,7 @@ if [[ $extra == cpu ]]; then
     fi
 fi
 
-pip_install "installing avmp-vllm (editable), its tests and benchmarks" --editable ".[test,bench]"
+pip_install "installing avmp-vllm (editable), its tests, benchmarks and docs" --editable ".[test,bench,docs]"
 run "checking that vLLM and the models load" "$venv/bin/python" -c \
     'import torch, vllm, avmp_vllm; from transformers.models.jamba import modeling_jamba'
 

@@ -10,9 +10,12 @@ options           vLLM options that AVMP refuses
 layout            page sizes, cache groups and tensors of an arena
 capacity          what fits, printed at start-up
 block_pool        vLLM's ``BlockPool`` over one pool of the arena
+state_pool        the pool of states, each published at its own position only
+state_manager     vLLM's ``MambaManager``, which says where each state stands
 coordinator       vLLM's ``KVCacheCoordinator`` over both
 manager           ``AVMPBlockSpaceManager``, vLLM's ``KVCacheManager``
 scheduler         the schedulers, which send each step's move plan
+sessions          streaming sessions, which may have to start over
 block_tables      handles to physical indices in Model Runner V1
 worker            the CPU worker and Model Runner V1
 gpu_worker        the CUDA worker

@@ -1,0 +1,199 @@
+"""The pages say what the code does: every metric, option, message, seam, refusal and command."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from avmp_vllm.engine import metrics, seams
+from avmp_vllm.engine.config import AVMPConfig
+from avmp_vllm.engine.options import REFUSALS
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+#: What a user of the engine may read; the rest of the code is commands, with errors of one line.
+SPEAKING = ("core", "backing", "engine")
+#: Never meant for a user: called with arguments that only a programmer can give.
+PROGRAMMING_ERRORS = {
+    ("core/arena.py", "ValueError"),
+    ("core/geometry.py", "ValueError"),
+    ("engine/block_pool.py", "NotImplementedError"),
+    ("engine/cpu_scan.py", "ValueError"),
+    ("engine/handle_attention.py", "NotImplementedError"),
+    ("engine/v2_block_tables.py", "NotImplementedError"),
+    ("engine/v2_runner.py", "NotImplementedError"),
+}
+
+
+def page(name: str) -> str:
+    """A page's text with its white space made single blanks."""
+    return " ".join((DOCS / name).read_text().split())
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of all table rows of a page."""
+    lines = (DOCS / name).read_text().splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in lines
+        if line.startswith("| ")
+    ]
+
+
+# -- for operators ---------------------------------------------------------------------------------
+
+
+def exported() -> list[str]:
+    """Names of AVMP's metrics as Prometheus has them."""
+    return [f"vllm:avmp_{name}" for name, _, _ in metrics.GAUGES] + [
+        f"vllm:avmp_{name}_total" for name, _, _ in metrics.COUNTERS
+    ]
+
+
+def test_every_metric_is_explained_and_no_other():
+    """Each in a row of its own, with the label it really has."""
+    explained = {
+        cells[0].strip("`"): cells[1]
+        for cells in rows("operators.md")
+        if cells[0].startswith("`vllm:")
+    }
+    assert sorted(explained) == sorted(exported())
+    by_direction = {f"vllm:avmp_{name}_total" for name in metrics.BY_DIRECTION}
+    for name, label in explained.items():
+        assert label == ("`direction`" if name in by_direction else "`pool`"), name
+
+
+def test_every_option_is_explained_and_no_other():
+    """With its default, where that is a plain value."""
+    table = {cells[0].strip("`"): cells for cells in rows("operators.md") if len(cells) == 4}
+    table = {name: cells for name, cells in table.items() if re.fullmatch("[a-z_]+", name)}
+    table.pop("option")
+    assert sorted(table) == sorted(AVMPConfig.model_fields)
+    for name, field in AVMPConfig.model_fields.items():
+        if field.default is not None:
+            shown = table[name][1].strip("`")
+            assert shown == str(field.default).replace("False", "false"), name
+
+
+def _fragments(node: ast.expr) -> list[str]:
+    """The literal parts of a message, without what is filled in."""
+    parts = [
+        part.value
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str)
+    ]
+    pieces = [piece for part in parts for piece in re.split(r"%[-+0-9.]*[a-z]", part)]
+    return [" ".join(piece.split()) for piece in pieces]
+
+
+def messages() -> list[tuple[str, list[str]]]:
+    """(where, runs of words) of every log line and error that a user of the engine may read."""
+    found = []
+    for folder in SPEAKING:
+        for path in sorted((ROOT / "avmp_vllm" / folder).glob("*.py")):
+            where = f"{folder}/{path.name}"
+            for node in ast.walk(ast.parse(path.read_text())):
+                call = node.exc if isinstance(node, ast.Raise) else node
+                if not isinstance(call, ast.Call) or not call.args:
+                    continue
+                name = getattr(call.func, "id", getattr(call.func, "attr", ""))
+                logs = isinstance(call.func, ast.Attribute) and (
+                    getattr(call.func.value, "id", "") == "logger"
+                )
+                raises = isinstance(node, ast.Raise) and (where, name) not in PROGRAMMING_ERRORS
+                if logs or raises:
+                    runs = [run for part in _fragments(call.args[0]) for run in _runs(part)]
+                    if runs:
+                        found.append((f"{where}:{call.lineno}", runs))
+    return found
+
+
+def _runs(part: str) -> list[str]:
+    """All runs of four words of a message's literal part, or the whole of a shorter one."""
+    words = part.strip(" :;,.='").split()
+    if len(words) < 3:
+        return []
+    return [" ".join(words[start : start + 4]) for start in range(max(len(words) - 3, 1))]
+
+
+@pytest.mark.parametrize(("where", "runs"), messages(), ids=lambda value: str(value)[:60])
+def test_every_message_is_explained(where, runs):
+    """A few words of each log line and of each error are quoted, so that a search finds them."""
+    text = page("operators.md").replace("`", "")
+    assert any(run in text for run in runs), f"docs/operators.md does not explain {where}: {runs}"
+
+
+def test_messages_are_found():
+    """The control: the walk above sees errors and log lines."""
+    seen = " ".join(run for _, runs in messages() for run in runs)
+    assert "does not work with" in seen
+    assert "sequences of one page" in seen
+    assert len(messages()) > 25
+
+
+@pytest.mark.parametrize("command", ["avmp plan", "avmp doctor", "avmp top", "--block-manager"])
+def test_operators_are_told_of_the_commands(command):
+    assert command in page("operators.md")
+
+
+# -- what works ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.option)
+def test_every_refusal_has_a_row(refusal):
+    """By the option's name, with a test."""
+    found = [cells for cells in rows("support.md") if f"`{refusal.option}`" in cells[0]]
+    assert len(found) == 1
+    assert "tests/" in found[0][-1]
+
+
+def test_no_row_refuses_an_option_that_is_taken():
+    """The other way round."""
+    known = {refusal.option for refusal in REFUSALS}
+    refused = [
+        cells[0]
+        for cells in rows("support.md")
+        if "test_refused_options" in cells[-1] and cells[0].startswith("`--")
+    ]
+    assert {re.match("`([^`]+)`", cell)[1] for cell in refused} == known
+
+
+def test_every_test_that_a_page_names_exists():
+    """File and function."""
+    text = "".join(path.read_text() for path in DOCS.glob("*.md"))
+    named = set(re.findall(r"(tests/[\w/]+\.py)(?:::(\w+))?", text))
+    assert len(named) > 20
+    for file, function in named:
+        assert (ROOT / file).is_file(), file
+        if function:
+            assert f"def {function}(" in (ROOT / file).read_text(), f"{file}::{function}"
+
+
+def test_every_row_names_a_test():
+    """A row without a test would be a promise."""
+    table = [cells for cells in rows("support.md") if cells[-1].startswith("`tests/")]
+    headed = [cells for cells in rows("support.md") if cells[-1] == "tested by"]
+    assert len(headed) == 2
+    first = rows("support.md").index(headed[0])
+    assert len(table) == len(rows("support.md")) - first - 2
+
+
+# -- architecture ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "seam", [*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2], ids=lambda seam: seam.path
+)
+def test_every_seam_is_listed(seam):
+    """One line each."""
+    assert any(cells[0] == f"`{seam.path}`" for cells in rows("architecture.md"))
+
+
+def test_every_page_is_linked_from_the_index():
+    """A page that nothing leads to is not read."""
+    index = (DOCS / "index.md").read_text()
+    for path in DOCS.glob("*.md"):
+        assert path.name == "index.md" or f"]({path.name})" in index, path.name

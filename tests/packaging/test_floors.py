@@ -1,0 +1,72 @@
+"""Imports point one way: core, then kernels and backing, then the engine, then the tools."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOLS = {"bench", "demo", "doctor", "models", "planner", "plots", "top"}
+#: Of each floor: its folder, and what it may import beside the standard library and itself.
+FLOORS = {
+    "core": ("avmp_vllm/core", set()),
+    "kernels": ("kernels", {"avmp_kernels", "torch", "triton"}),
+    "backing": ("avmp_vllm/backing", {"avmp_vllm.core", "avmp_kernels", "numpy", "torch"}),
+}
+
+
+def imported(source: str) -> Iterator[str]:
+    """Modules that a file imports, anywhere in it; of our own packages with their first folder."""
+    for node in ast.walk(ast.parse(source)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where they lead"
+            names = [node.module or ""]
+            if node.module == "avmp_vllm":
+                names = [f"avmp_vllm.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            yield ".".join(parts[:2]) if parts[0] == "avmp_vllm" else parts[0]
+
+
+def of(folder: str) -> dict[str, set[str]]:
+    """What each file of a folder imports, the standard library left out."""
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files
+    return {
+        str(path.relative_to(ROOT)): set(imported(path.read_text())) - sys.stdlib_module_names
+        for path in files
+    }
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_floor_stands_on_those_below(floor):
+    folder, allowed = FLOORS[floor]
+    own = folder.replace("/", ".")
+    for file, names in of(folder).items():
+        assert names <= {*allowed, own}, file
+
+
+def test_the_engine_imports_no_tool():
+    """vLLM's processes load the plugin; no benchmark comes with it."""
+    for file, names in of("avmp_vllm/engine").items():
+        assert not names & {f"avmp_vllm.{tool}" for tool in TOOLS}, file
+
+
+def test_every_folder_is_known_here():
+    """A new one is put on a floor, or among the tools."""
+    folders = {path.parent.name for path in (ROOT / "avmp_vllm").glob("*/__init__.py")}
+    assert folders <= {*FLOORS, "engine", *TOOLS}
+
+
+def test_control_what_the_walk_sees():
+    """Imports inside functions and under TYPE_CHECKING count."""
+    source = "import os, vllm.config\ndef f():\n    from avmp_vllm.engine import seams\n"
+    assert set(imported(source)) == {"os", "vllm", "avmp_vllm.engine"}
+    assert set(imported("from avmp_vllm import core")) == {"avmp_vllm.core"}
