@@ -38,6 +38,9 @@ BENCHMARKS: dict[str, Command] = {
     "scheduler": Command(
         "avmp_vllm.bench.scheduler.command", "vLLM's real scheduler on real traces, no model"
     ),
+    "prefix": Command(
+        "avmp_vllm.bench.prefix.command", "which rules of a prefix cache hit what, by memory"
+    ),
     "serve": Command("avmp_vllm.bench.serve.command", "AVMP and stock vLLM in turn, over HTTP"),
     "engine": Command(
         "avmp_vllm.bench.engine.command", "AVMP and stock vLLM as whole engines, stepped in turn"

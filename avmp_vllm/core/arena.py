@@ -9,7 +9,8 @@
 Remedies for a pool that is short, in this order: its own free pages; the gap; the other band's free
 pages, moving mapped ones out of the way; then eviction of unreferenced cached pages from either
 pool, least recently used first. Only then does the allocation fail. Because a band can always be
-packed, it fails only when the referenced bytes and the request exceed the arena.
+packed, it fails only when the referenced bytes and the request exceed the arena. Who knows better
+than age what is worth keeping can choose what goes.
 
 A page is *free*, *referenced* or *cached*. Who shares a referenced page, and what a cached page is
 good for, is the caller's business. Nothing here looks at a clock, draws a number or walks a set to
@@ -54,6 +55,8 @@ class Arena:
             are reused.
 
     Attributes:
+        choose: Names cached pages of either pool that go next, or none if it has no opinion; then,
+            and without it, what is unreferenced longest goes.
         statistics: Counters.
     """
 
@@ -67,6 +70,7 @@ class Arena:
         if migration_batch < 1:
             raise ValueError(f"migration_batch must be at least 1, not {migration_batch}")
         self.geometry = geometry
+        self.choose: Callable[[], Sequence[int]] | None = None
         self.statistics = Statistics()
         self._batch_bytes = migration_batch * geometry.page_bytes
         self._on_evict = on_evict
@@ -274,8 +278,8 @@ class Arena:
         statistics.relocated_bytes[donor.kind] += len(relocations) * donor.unit
 
     def _evict_for(self, pages: int, blocks: int) -> None:
-        """Give cached pages up, of either pool and the one unreferenced longest first, until
-        growth and migration alone can serve a request that fits.
+        """Give cached pages of either pool up until growth and migration alone can serve a request
+        that fits.
         """
         geometry = self.geometry
         wanted = [
@@ -283,6 +287,13 @@ class Arena:
             for band, count in zip(self._bands, (pages, blocks), strict=True)
         ]
         while not geometry.fits(*wanted):
+            if self.choose is not None and (chosen := self.choose()):
+                for kind in Kind:
+                    evicted = [handle for handle in chosen if kind_of(handle) is kind]
+                    wanted[kind] -= len(evicted)
+                    if evicted:
+                        self._evict(kind, evicted)
+                continue
             (kv, kv_since), (ssm, ssm_since) = map(self._oldest, Kind)
             if kv_since < ssm_since:
                 excess = wanted[Kind.KV] - geometry.pages_beside(wanted[Kind.SSM])

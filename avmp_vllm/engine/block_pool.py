@@ -8,7 +8,7 @@ a large arena costs nothing until it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
@@ -31,6 +31,9 @@ class AVMPBlockPool(BlockPool):
         hash_block_size: As in ``BlockPool``.
         enable_kv_cache_events: As in ``BlockPool``.
         metrics_collector: As in ``BlockPool``.
+
+    Attributes:
+        kept: Blocks that stay in the prefix cache when nobody references them; None for all.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class AVMPBlockPool(BlockPool):
         )
         self.arena = arena
         self.kind = kind
+        self.kept: Container[int] | None = None
         self._is_kv = kind is Kind.KV
         # Limit of ids; a manager that wants to wait asks for one more than this.
         self.num_gpu_blocks = arena.geometry.limit(kind) + 1
@@ -139,6 +143,8 @@ class AVMPBlockPool(BlockPool):
         """
         free: list[int] = []
         cached: list[int] = []
+        useless: list[int] = []
+        kept = self.kept
         others: list[KVCacheBlock] = []
         for block in ordered_blocks:
             if block.pool is not self:
@@ -147,7 +153,16 @@ class AVMPBlockPool(BlockPool):
             block.ref_cnt = count = block.ref_cnt - 1
             if not count and not block.is_null:
                 # The slot, not the property: this is the innermost loop of a request's end.
-                (free if block._block_hash is None else cached).append(block.block_id)
+                block_id = block.block_id
+                if block._block_hash is None:
+                    free.append(block_id)
+                elif kept is None or block_id in kept:
+                    cached.append(block_id)
+                else:
+                    useless.append(block_id)
+        if useless:
+            self.evict(useless)
+            free += useless
         if free:
             self.arena.release(free)
         if cached:

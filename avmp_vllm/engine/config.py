@@ -17,6 +17,12 @@ BLOCK_MANAGERS = ("default", "avmp")
 #: Set in the environment of child processes, so that their plugin installs the seams as well.
 SELECTED = "AVMP_BLOCK_MANAGER"
 
+#: Options that are gone, and what to do instead.
+REPLACED = {
+    "tail_tokens": "set cut_tokens, the tokens that a state must be expected to spare later "
+    "prompts for its own prompt to be cut"
+}
+
 
 class ConfigError(ValueError):
     """An option that cannot be honoured; the message names it, its value and the way out."""
@@ -29,17 +35,19 @@ class AVMPConfig(BaseModel):
         page_tokens: Tokens of a KV page. Default: the smallest block that the attention backend
             takes, or vLLM's ``--block-size`` if that is given.
         checkpoint_tokens: With prefix caching, the running state moves on to a new block every so
-            many tokens, and a prompt of several steps is cut there. A multiple of the page; the
-            default is the multiple nearest to 512 from above, or vLLM's ``--mamba-block-size`` if
-            that is given.
+            many tokens. With vLLM's ``--prefix-cache-retention-interval`` states are kept there,
+            too, and a prompt of several steps is cut there. A multiple of the page; the default is
+            the multiple nearest to 512 from above, or vLLM's ``--mamba-block-size`` if that is
+            given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
         growth_tokens: A request is admitted beside others only if each of those can still grow by
             so many tokens, so that admissions do not end in preemptions.
-        tail_tokens: With prefix caching, a prompt's state at its last page is kept if it spares a
-            later prompt at least so many tokens. Keeping it costs the prompt one more step and the
-            cache the state's bytes. Default: stock vLLM's block for the model, so many tokens as
-            an attention layer holds in the bytes of an SSM layer's state.
+        cut_tokens: With prefix caching, a prompt is cut to keep a state in the middle of it only
+            if that is expected to spare later prompts at least so many tokens; about what can be
+            computed in the time of one more step.
+        answer_tokens: With prefix caching, the state of a running answer is copied every so many
+            tokens, so that the next turn of its conversation resumes there. 0 keeps none.
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
@@ -52,7 +60,8 @@ class AVMPConfig(BaseModel):
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
     growth_tokens: int = Field(default=64, ge=0)
-    tail_tokens: int | None = Field(default=None, ge=0)
+    cut_tokens: int = Field(default=400, ge=0)
+    answer_tokens: int = Field(default=64, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
     verify: bool = False
 
@@ -106,7 +115,9 @@ def _explain(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] in ("extra_forbidden", "invalid_key"):
+        if key in REPLACED:
+            lines.append(f"option {key!r} is gone: {REPLACED[key]}")
+        elif problem["type"] in ("extra_forbidden", "invalid_key"):
             near = difflib.get_close_matches(key, AVMPConfig.model_fields, n=1, cutoff=0.0)
             lines.append(
                 f"unknown option {key!r}: did you mean {near[0]!r}? "

@@ -22,12 +22,14 @@ from vllm.v1.core.kv_cache_coordinator import (
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.block_pool import AVMPBlockPool
+from avmp_vllm.engine.checkpoints import Checkpoints
+from avmp_vllm.engine.config import AVMPConfig
 from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
 from avmp_vllm.engine.state_manager import ROLE, StateManager
 from avmp_vllm.engine.state_pool import StatePool
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 logger = init_logger("vllm." + __name__)
@@ -56,24 +58,24 @@ class DualPoolCoordinator(KVCacheCoordinator):
 
     Args:
         kv_cache_config: The arena's configuration.
-        migration_batch: As in ``Arena``.
+        config: AVMP's options.
         kwargs: Of vLLM's coordinator.
 
     Attributes:
         arena: The allocator.
         pools: By kind.
         states: The pool of SSM blocks.
+        checkpoints: What decides which states are kept; None without prefix caching, and where a
+            retention interval is given, which decides instead.
         kinds: Of each cache group.
     """
 
-    def __init__(
-        self, kv_cache_config: AVMPCacheConfig, migration_batch: int, **kwargs: Any
-    ) -> None:
+    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         assert kv_cache_config.geometry is not None
         self.arena = Arena(
-            kv_cache_config.geometry, migration_batch=migration_batch, on_evict=self._evict
+            kv_cache_config.geometry, migration_batch=config.migration_batch, on_evict=self._evict
         )
         stock = self.block_pool
         self.pools = {
@@ -97,6 +99,28 @@ class DualPoolCoordinator(KVCacheCoordinator):
         for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
             manager.block_pool = self.pools[kind]
             manager._null_block = self.pools[kind].null_block
+        self.checkpoints: Checkpoints | None = None
+        if stock.enable_caching and self.retention_interval == 0:
+            self._keep_checkpoints(config)
+
+    def _keep_checkpoints(self, config: AVMPConfig) -> None:
+        """Let the worth of states decide what is kept."""
+        self.checkpoints = Checkpoints(
+            self.arena,
+            self.pools,
+            self.pools[Kind.KV].hash_block_size,
+            config.cut_tokens,
+            config.answer_tokens,
+        )
+        self.arena.choose = self.checkpoints.choose
+        self.pools[Kind.KV].kept = self.checkpoints.pages
+        self.states.kept = self.checkpoints.nodes
+        self.states.checkpoints = self.checkpoints
+        pages = self.single_type_managers[self.kinds.index(Kind.KV)].req_to_blocks
+        for manager in self.single_type_managers:
+            if isinstance(manager, StateManager):
+                manager.checkpoints = self.checkpoints
+                manager.pages = pages
 
     def _evict(self, handles: Sequence[int]) -> None:
         self.pools[kind_of(handles[0])].evict(handles)
@@ -165,20 +189,28 @@ class DualPoolCoordinator(KVCacheCoordinator):
             if isinstance(manager, StateManager)
         )
 
-    def allocate_new_blocks(self, *args: Any, **kwargs: Any) -> tuple[list[KVCacheBlock], ...]:
+    def allocate_new_blocks(
+        self, request_id: str, *args: Any, **kwargs: Any
+    ) -> tuple[list[KVCacheBlock], ...]:
         """Allocate what was just asked for, making room for both pools at once.
 
         vLLM's managers allocate one after the other. Alone, the first would take capacity that the
         second then has to bring back.
         """
+        if self.checkpoints is not None:
+            states = self.single_type_managers[self.kinds.index(Kind.SSM)].req_to_blocks
+            held = states.get(request_id)
+            self.checkpoints.begin(request_id, held[-1] if held else None)
         (pages, blocks), self._next = self._next, (0, 0)
         if self.arena.fits(pages, blocks):
             self.arena.reserve(pages, blocks)
-        return super().allocate_new_blocks(*args, **kwargs)
+        return super().allocate_new_blocks(request_id, *args, **kwargs)
 
     def evict_blocks(self, block_ids: set[int]) -> None:
-        """Take blocks of either pool out of the prefix cache."""
-        for kind, pool in self.pools.items():
+        """Take blocks of either pool out of the prefix cache, with what is of no use then."""
+        if self.checkpoints is not None:
+            block_ids = block_ids | self.checkpoints.states_with(block_ids)
+        for kind, pool in reversed(self.pools.items()):
             pool.evict_blocks({block_id for block_id in block_ids if kind_of(block_id) is kind})
 
     def reset_prefix_cache(self) -> bool:
@@ -192,6 +224,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
                 states,
             )
             return False
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
         for pool in self.pools.values():
             pool.forget()
         if self.block_pool.enable_kv_cache_events:
@@ -204,6 +238,23 @@ class DualPoolCoordinator(KVCacheCoordinator):
 
 class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):
     """With prefix caching."""
+
+    def find_longest_cache_hit(
+        self, block_hashes: list[BlockHash], max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """Find the longest prefix that is cached.
+
+        Of pages with equal content, those are taken that the state keeps: others may go at any
+        time, and the state's would stay for nobody.
+        """
+        hits, length, uncached = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
+        if self.checkpoints is not None and length:
+            kv, ssm = (self.kinds.index(kind) for kind in Kind)
+            pages = self.checkpoints.pages_of(hits[ssm][-1].block_id)
+            if pages is not None:
+                blocks = self.pools[Kind.KV].blocks
+                hits[kv][:] = [blocks[page] for page in pages]
+        return hits, length, uncached
 
 
 class AVMPCoordinatorNoPrefixCache(DualPoolCoordinator, KVCacheCoordinatorNoPrefixCache):

@@ -26,7 +26,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, KVLayer, SSMLayer
-from avmp_vllm.core.capacity import STATE_ALIGNMENT, stock_block_tokens
+from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine import last_line
 from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
@@ -303,13 +303,3 @@ def clamp_sequences(vllm_config: VllmConfig, geometry: Geometry) -> None:
 def checkpoint_spacing(kv_cache_config: KVCacheConfig) -> int:
     """Tokens between two state checkpoints of a running engine."""
     return group_of(kv_cache_config, Kind.SSM).kv_cache_spec.block_size
-
-
-def tail_tokens(kv_cache_config: KVCacheConfig, config: AVMPConfig) -> int:
-    """Tokens that a state at a prompt's last page must spare to be kept."""
-    if config.tail_tokens is not None:
-        return config.tail_tokens
-    kv, ssm = (group_of(kv_cache_config, kind).kv_cache_spec for kind in Kind)
-    return stock_block_tokens(
-        kv.block_size, kv.page_size_bytes, ssm.page_size_bytes, unit=kv.block_size
-    )

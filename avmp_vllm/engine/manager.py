@@ -49,9 +49,9 @@ class AVMPBlockSpaceManager(KVCacheManager):
             "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
         }
         self.coordinator = (
-            AVMPCoordinator(kv_cache_config, config.migration_batch, enable_caching=True, **common)
+            AVMPCoordinator(kv_cache_config, config, enable_caching=True, **common)
             if self.enable_caching
-            else AVMPCoordinatorNoPrefixCache(kv_cache_config, config.migration_batch, **common)
+            else AVMPCoordinatorNoPrefixCache(kv_cache_config, config, **common)
         )
         self.arena = self.coordinator.arena
         self.block_pool = self.coordinator.block_pool
@@ -63,6 +63,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self._holders = self.coordinator.single_type_managers[
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks
+        self.checkpoints = self.coordinator.checkpoints
         self._plans = 0
         self._copies: list[Copy] = []
 
@@ -79,7 +80,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
         return used / (geometry.pages * geometry.page_bytes - null)
 
-    def allocate_slots(self, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.
 
         vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
@@ -87,7 +88,21 @@ class AVMPBlockSpaceManager(KVCacheManager):
         the last page would go to a newcomer, and the next token of anybody else would preempt.
         """
         self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
-        return super().allocate_slots(*args, **kwargs)
+        if self.checkpoints is not None:
+            self.checkpoints.expect(request)
+        return super().allocate_slots(request, *args, **kwargs)
+
+    def free(self, request: Request) -> None:
+        """Free a request's blocks; those that no kept state needs do not stay in the cache."""
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request.request_id)
+        super().free(request)
+
+    def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
+        """Take a request's blocks, which the caller frees later."""
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request.request_id)
+        return super().pop_blocks_for_free(request)
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
         """Drain pending copies; note where their pages are now.
@@ -179,6 +194,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 if cached != (block.block_hash is not None):
                     found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
         found += self.coordinator.states.misplaced()
+        if self.checkpoints is not None:
+            found += self.checkpoints.problems()
         for manager in self.coordinator.single_type_managers:
             for request, blocks in manager.req_to_blocks.items():
                 found += [

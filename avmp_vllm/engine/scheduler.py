@@ -11,11 +11,12 @@ from vllm.v1.kv_cache_interface import (
     get_mamba_prefill_checkpoint_position,
     is_mamba_prefill_checkpoint_valid,
 )
+from vllm.v1.request import RequestStatus
 
 from avmp_vllm.engine import metrics
 from avmp_vllm.engine.config import selected
 from avmp_vllm.engine.coordinator import without_blocks
-from avmp_vllm.engine.layout import AVMPCacheConfig, checkpoint_spacing, tail_tokens
+from avmp_vllm.engine.layout import AVMPCacheConfig, checkpoint_spacing
 from avmp_vllm.engine.manager import AVMPBlockSpaceManager
 from avmp_vllm.engine.sessions import StreamingSessions
 
@@ -44,7 +45,6 @@ class MovePlanMixin(StreamingSessions):
         # the KV page, and states would then be published under hashes of longer prefixes.
         self.cache_config = copy.copy(self.cache_config)
         self.cache_config.block_size = checkpoint_spacing(kv_cache_config)
-        self._tail_tokens = tail_tokens(kv_cache_config, config)
         self.kv_cache_manager = AVMPBlockSpaceManager(
             kv_cache_config,
             config,
@@ -87,47 +87,40 @@ class MovePlanMixin(StreamingSessions):
     ) -> int:
         """Where a prefill chunk ends, so that the states worth keeping can be kept.
 
-        Every end before the prompt's own costs the request a step. vLLM ends a chunk at the last
-        checkpoint boundary and again at the prompt's last page. The first is of no use where only
-        the prompt's own state is kept, which is the later one; the second only where it spares
-        a later prompt enough tokens. A chunk that ends anywhere else publishes nothing, so it may
-        end where the step's budget does.
+        Every end before the prompt's own costs the request a step, so a chunk ends early only where
+        a state is to be kept. Anywhere else it publishes nothing, and may end where the step's
+        budget does.
         """
-        if self.kv_cache_manager.coordinator.retention_interval != 0:
+        checkpoints = self.kv_cache_manager.checkpoints
+        if checkpoints is None:  # a retention interval is given: vLLM's own rules
             aligned = super()._mamba_block_aligned_split(
                 request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
             )
             # Zero: the step's budget does not reach the next boundary, and might never.
             return aligned or num_new_tokens
-        hit = num_new_local_computed_tokens
-        start = request.num_computed_tokens + hit + num_external_computed_tokens
+        start = request.num_computed_tokens + num_new_local_computed_tokens
         end = start + num_new_tokens
-        spacing = self.cache_config.block_size
-        stops = [request.shared_prefix_boundary // spacing * spacing]
-        tail = get_mamba_prefill_checkpoint_position(
-            request.num_prompt_tokens, self.hash_block_size, drop_eagle_block=False
-        )
-        if tail - hit >= self._tail_tokens and not self._saves_inside(request, start, end):
-            stops.append(tail)
-        return min((stop for stop in stops if start < stop < end), default=end) - start
+        if request.status != RequestStatus.RUNNING:
+            checkpoints.intend(request, start, self._saved_inside(start, end))
+        stop = checkpoints.next_stop(request.request_id, start, end)
+        if stop and stop != self._saved_inside(start, end):
+            return stop - start
+        return num_new_tokens
 
-    def _saves_inside(self, request: Request, start: int, end: int) -> bool:
-        """Whether the layers save the state at the prompt's last page without ending there."""
-        prefill_end = max(request.num_prompt_tokens, request.num_tokens - 1)
-        return (
-            self.mamba_has_prefill_checkpoint_blocks
-            and end >= prefill_end
-            and is_mamba_prefill_checkpoint_valid(
-                query_start=start,
-                query_end=end,
-                checkpoint_position=get_mamba_prefill_checkpoint_position(
-                    end, self.hash_block_size, drop_eagle_block=False
-                ),
-                hash_block_size=self.hash_block_size,
-                mamba_block_size=self.cache_config.block_size,
-                checkpoint_alignment=self.mamba_prefill_checkpoint_alignment,
-            )
+    def _saved_inside(self, start: int, end: int) -> int:
+        """Position of the state that the layers save inside of a chunk by themselves, or 0."""
+        position = get_mamba_prefill_checkpoint_position(
+            end, self.hash_block_size, drop_eagle_block=False
         )
+        saved = self.mamba_has_prefill_checkpoint_blocks and is_mamba_prefill_checkpoint_valid(
+            query_start=start,
+            query_end=end,
+            checkpoint_position=position,
+            hash_block_size=self.hash_block_size,
+            mamba_block_size=self.cache_config.block_size,
+            checkpoint_alignment=self.mamba_prefill_checkpoint_alignment,
+        )
+        return position if saved else 0
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""
@@ -135,10 +128,10 @@ class MovePlanMixin(StreamingSessions):
         super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Add the arena's counters to vLLM's statistics."""
+        """Add AVMP's counters to vLLM's statistics."""
         stats = super().make_stats(*args, **kwargs)
         if stats is not None:
-            metrics.attach(stats, self.kv_cache_manager.arena)
+            metrics.attach(stats, self.kv_cache_manager)
         return stats
 
 

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import BlockHashWithGroupId, KVCacheBlock
     from vllm.v1.request import Request
 
+    from avmp_vllm.engine.checkpoints import Checkpoints
+
 
 class StatePool(AVMPBlockPool):
     """SSM blocks.
 
     Attributes:
+        checkpoints: What decides which states are published and kept; None where vLLM's own rules
+            do.
         positions: Block id to the tokens that its state covers, once the step that has been
             scheduled last has run. Blocks that are free may have an old entry.
     """
@@ -29,6 +33,7 @@ class StatePool(AVMPBlockPool):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.positions: dict[int, int] = {}
+        self.checkpoints: Checkpoints | None = None
 
     def cache_full_blocks(
         self,
@@ -41,9 +46,14 @@ class StatePool(AVMPBlockPool):
         block_mask: list[bool] | None = None,
     ) -> None:
         """Publish the blocks among these whose states stand at their ends."""
+        name, checkpoints = request.request_id, self.checkpoints
         at_end = [
-            self.positions.get(blocks[number].block_id) == (number + 1) * block_size
-            and (block_mask is None or block_mask[number - num_cached_blocks])
+            self.positions.get(blocks[number].block_id) == (end := (number + 1) * block_size)
+            and (
+                checkpoints.wants(name, end)
+                if checkpoints is not None
+                else block_mask is None or block_mask[number - num_cached_blocks]
+            )
             for number in range(num_cached_blocks, num_full_blocks)
         ]
         super().cache_full_blocks(
@@ -68,6 +78,17 @@ class StatePool(AVMPBlockPool):
         if self.positions.get(block.block_id) != num_tokens:
             return None
         return super().cache_partial_block(request, block, num_tokens, *args, **kwargs)
+
+    def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
+        """Publish a copy in the place of a block that is overwritten."""
+        super().move_block_hashes(src_block, dst_block)
+        if self.checkpoints is not None:
+            self.checkpoints.renamed(src_block.block_id, dst_block.block_id)
+
+    def _maybe_evict_cached_block(self, block: KVCacheBlock) -> bool:
+        if self.checkpoints is not None:
+            self.checkpoints.unpublished(block.block_id)
+        return super()._maybe_evict_cached_block(block)
 
     def misplaced(self) -> list[str]:
         """Published blocks whose state stands elsewhere than their hash says; there are none."""

@@ -19,6 +19,7 @@ PICTURES = {
     "serve": ("avmp_vllm.plots.ratios", "draw_serve"),
     "engine": ("avmp_vllm.plots.ratios", "draw_engine"),
     "scheduler": ("avmp_vllm.plots.ratios", "draw_scheduler"),
+    "prefix": ("avmp_vllm.plots.prefix", "draw"),
     "plan": ("avmp_vllm.plots.capacity", "draw"),
     "paper": ("avmp_vllm.plots.paper", "draw"),
 }

@@ -32,6 +32,7 @@ def frame(reading: Reading, source: str, width: int, note: str = "") -> Renderab
     parts: list[RenderableType] = [head, Text()]
     if any(band.capacity for band in reading.bands.values()):
         parts += [bar(reading, width), _legend(reading), Text(), _bands(reading)]
+        parts += [Text(), states(reading)]
     else:
         parts.append(Text("The arena is not laid out yet; it is with the first request."))
     parts += [Text(), _figures(reading)]
@@ -109,6 +110,25 @@ def _bands(reading: Reading) -> Table:
             f"{reading.total(f'{AVMP}allocation_failures_total', pool=pool):,.0f}",
         )
     return table
+
+
+def states(reading: Reading) -> Text:
+    """Two lines: the states that are kept, and those that were hit of all that were asked for."""
+    kinds = reading.now.label(f"{AVMP}states_kept", "state")
+    kept, asked = [], []
+    for kind in kinds:
+        name = kind.replace("_", " ")
+        if count := reading.total(f"{AVMP}states_kept", state=kind):
+            kept.append(f"{name} {count:,.0f}")
+        hits = reading.total(f"{AVMP}state_hits_total", state=kind)
+        if wanted := hits + reading.total(f"{AVMP}state_misses_total", state=kind):
+            asked.append(f"{name} {hits:,.0f} of {wanted:,.0f}")
+    return Text.assemble(
+        ("states kept  ", "bold"),
+        ", ".join(kept) or _NONE,
+        ("\nstate hits   ", "bold"),
+        ", ".join(asked) or _NONE,
+    )
 
 
 def _figures(reading: Reading) -> Table:

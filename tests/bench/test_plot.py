@@ -11,6 +11,7 @@ from avmp_vllm.bench import results
 from avmp_vllm.bench.bands import Recorder
 from avmp_vllm.bench.engine import command as engine
 from avmp_vllm.bench.engine.workloads import workloads
+from avmp_vllm.bench.prefix.command import SUMS
 from avmp_vllm.bench.serve import command as serve
 from avmp_vllm.bench.serve import report
 from avmp_vllm.cli import main
@@ -124,6 +125,17 @@ def _scheduler():
     return _result("scheduler", counts, timings, model="m.json", trace="t.csv", seeds=2)
 
 
+def _prefix():
+    """Two sizes of memory, a cache that has a look and one that has none."""
+    cell = dict.fromkeys(SUMS, 3) | {"hits": 2}
+    caches = {name: [cell | {"hit": 30}, cell | {"hit": 45}] for name in ("avmp", "a new one")}
+    counts = {"requests": 9, "prompt_tokens": 100, "caches": caches}
+    counts |= {"offline": [50, 60], "bound": [55, 61]}
+    parameters = {"model": "a/b.json", "trace": "agent", "memory": [1 << 29, 1 << 30]}
+    titles = {"titles": {"avmp": "AVMP", "a new one": "another"}}
+    return _result("prefix", counts, {}, **parameters) | titles
+
+
 def _engine():
     row = {"step_mean_ms": [1.0, 0.9, 1.1], "preemptions": [0.1, 0.0, 0.5]}
     parameters = {name: sizes[0] for name, sizes in engine.DEFAULTS.items()}
@@ -142,6 +154,7 @@ MADE = {
     "paper": (_paper, {"paper-batches", "paper-phases", "paper-served"}),
     "plan": (_plan, {"capacity"}),
     "scheduler": (_scheduler, {"scheduler"}),
+    "prefix": (_prefix, {"prefix"}),
 }
 
 

@@ -46,11 +46,11 @@ def rows(name: str) -> list[list[str]]:
 # -- for operators ---------------------------------------------------------------------------------
 
 
-def exported() -> list[str]:
-    """Names of AVMP's metrics as Prometheus has them."""
-    return [f"vllm:avmp_{name}" for name, _, _ in metrics.GAUGES] + [
-        f"vllm:avmp_{name}_total" for name, _, _ in metrics.COUNTERS
-    ]
+def exported() -> dict[str, str]:
+    """Names of AVMP's metrics as Prometheus has them, and their labels."""
+    return {f"vllm:avmp_{metric.name}": metric.label for metric in metrics.GAUGES} | {
+        f"vllm:avmp_{metric.name}_total": metric.label for metric in metrics.COUNTERS
+    }
 
 
 def test_every_metric_is_explained_and_no_other():
@@ -60,10 +60,10 @@ def test_every_metric_is_explained_and_no_other():
         for cells in rows("operators.md")
         if cells[0].startswith("`vllm:")
     }
-    assert sorted(explained) == sorted(exported())
-    by_direction = {f"vllm:avmp_{name}_total" for name in metrics.BY_DIRECTION}
-    for name, label in explained.items():
-        assert label == ("`direction`" if name in by_direction else "`pool`"), name
+    assert {name: label.strip("`") for name, label in explained.items()} == exported()
+    for label, series in metrics.SERIES.items():
+        for value in filter(None, series):
+            assert f"`{value}`" in page("operators.md"), f"{label} {value}"
 
 
 def test_every_option_is_explained_and_no_other():

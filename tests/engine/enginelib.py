@@ -82,7 +82,7 @@ def engine(model: str, *, avmp: dict[str, Any] | None = None, **options: Any) ->
     }
     if avmp is not None:
         # Short prompts are worth a state here, or next to nothing would hit.
-        avmp = {"verify": True, "tail_tokens": 0, **avmp}
+        avmp = {"verify": True, "cut_tokens": 0, **avmp}
         arguments["additional_config"] = {"block_manager": "avmp", "avmp": avmp}
     llm = LLM(model, **arguments)
     try:

@@ -12,6 +12,7 @@ from vllm.config.cache import MambaCacheMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from avmp_vllm.core.keeper import CUT_TOKENS
 from avmp_vllm.engine import last_line
 from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
 from avmp_vllm.engine.options import REFUSALS, refuse
@@ -127,6 +128,10 @@ def test_verify_by_environment(monkeypatch):
             "unknown option 'checkpoint_token': did you mean 'checkpoint_tokens'",
         ),
         (
+            {"block_manager": "avmp", "avmp": {"tail_tokens": 128}},
+            "option 'tail_tokens' is gone: set cut_tokens, the tokens that [^;]* to be cut$",
+        ),
+        (
             {"block_manager": "avmp", "avmp": {"migration_batch": "many"}},
             "option 'migration_batch' = 'many': .*integer",
         ),
@@ -184,6 +189,11 @@ def test_file_that_holds_no_options(tmp_path, content, message):
     with pytest.raises(ConfigError, match=message) as refused:
         selected({"block_manager": "avmp", "avmp": str(path)})
     assert len(str(refused.value).splitlines()) == 1
+
+
+def test_the_default_of_cut_tokens_is_the_keeper_s():
+    """The options stand without the core, which is not loaded where AVMP is not in charge."""
+    assert AVMPConfig().cut_tokens == CUT_TOKENS
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing yet\n", b"{}"])

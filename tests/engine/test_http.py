@@ -5,11 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import http.client
 import json
+import re
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 
+from avmp_vllm.core.keeper import Origin
 from avmp_vllm.demo.server import Metrics, Server, vllm_server
 
 OPTIONS = (
@@ -58,11 +61,15 @@ def _post(server: Server, path: str, body: bytes) -> tuple[int, dict]:
         connection.close()
 
 
-def _complete(server: Server, model: str, prompt: list[int], tokens: int = 30) -> str:
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+def _choice(server: Server, model: str, prompt: list[int], tokens: int, **options: Any) -> dict:
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, **options}
     status, answer = _post(server, "/v1/completions", json.dumps(body).encode())
     assert status == 200, answer
-    return answer["choices"][0]["text"]
+    return answer["choices"][0]
+
+
+def _complete(server: Server, model: str, prompt: list[int], tokens: int = 30) -> str:
+    return _choice(server, model, prompt, tokens)["text"]
 
 
 def _eventually_idle(server: Server) -> Metrics:
@@ -79,8 +86,37 @@ def _prompts() -> list[list[int]]:
     return [[20 + (7 * i + j) % 200 for j in range(10 + 37 * (i % 12))] for i in range(24)]
 
 
+def _conversation(server: Server, model: str) -> list[list[int]]:
+    """Answers of four turns, each prompt with all that was said before it."""
+    history, said = [20 + 11 * j % 200 for j in range(40)], []
+    for turn in range(4):
+        options = {"ignore_eos": True, "return_token_ids": True}
+        said.append(_choice(server, model, history, 90, **options)["token_ids"])
+        history = history + said[-1] + [30 + (13 * j + turn) % 200 for j in range(20)]
+    return said
+
+
+def test_a_conversation_begins_inside_of_its_last_answer(servers, tiny_jamba):
+    """Which its metrics say: by where the states stand, of which kinds they are."""
+    said = [_conversation(server, tiny_jamba) for server in servers.values()]
+    assert said[0] == said[1]
+    metrics = _eventually_idle(servers["avmp"])
+    for name in ("states_kept", "states_made_total", "state_hits_total"):
+        assert metrics.value(f"vllm:avmp_{name}", state="answer") > 0, name
+    # Each answer passes a multiple of 64 tokens once or twice.
+    copies = metrics.value("vllm:avmp_state_copies_total", cause="answer")
+    assert 4 <= copies <= 8
+    copied = metrics.value("vllm:avmp_copied_bytes_total", cause="answer")
+    assert copied == copies * 116_736
+    assert metrics.value("vllm:avmp_state_price") is not None
+    for name in ("states_refused_total", "states_given_up_total", "state_misses_total"):
+        for origin in Origin:
+            assert metrics.value(f"vllm:avmp_{name}", state=origin.value) is not None
+
+
 def test_answers_under_load_equal_stock(servers, tiny_jamba):
     """Eight at a time in an arena that holds fewer; capacity moves; nothing is held afterwards."""
+    succeeded = _eventually_idle(servers["avmp"]).value("vllm:request_success_total")
     answers = {}
     for name, server in servers.items():
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -96,7 +132,7 @@ def test_answers_under_load_equal_stock(servers, tiny_jamba):
         assert metrics.value("vllm:avmp_peak_pages_used", pool=pool_name) > 0
         assert metrics.value("vllm:avmp_capacity_pages", pool=pool_name) > 0
     # vLLM's own metrics are there beside them.
-    assert metrics.value("vllm:request_success_total") == len(_prompts())
+    assert metrics.value("vllm:request_success_total") - succeeded == len(_prompts())
 
 
 @pytest.mark.parametrize(
@@ -161,4 +197,5 @@ def test_log_has_capacity_and_counters(servers):
     log = servers["avmp"].log.read_text()
     assert "AVMP arena: 2,400,000 bytes" in log
     assert "migrations: ssm_to_kv" in log
+    assert re.search(r"states kept: .*answer \d+.*; state hits: .*answer \d+", log)
     assert "AVMP" not in servers["default"].log.read_text()

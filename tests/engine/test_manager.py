@@ -31,8 +31,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.core import AllocationFailure, ArenaTooSmall, Kind
-from avmp_vllm.engine.config import AVMPConfig
-from avmp_vllm.engine.layout import arena_config, blocks_per_request, group_of, tail_tokens
+from avmp_vllm.engine.layout import arena_config, blocks_per_request, group_of
 from avmp_vllm.engine.scheduler import PLAN, AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
@@ -95,7 +94,7 @@ class Driver:
                 "avmp": {
                     "migration_batch": batch,
                     "growth_tokens": growth,
-                    "tail_tokens": 0,
+                    "cut_tokens": 0,
                     "verify": True,
                 },
             },
@@ -411,13 +410,6 @@ def test_a_short_prompt_hits_the_cache(model: str) -> None:
     assert hit(driver, "parts too", [*tokens[:150], *prompt("other", 100)]) == 128
 
 
-def test_a_state_is_worth_as_many_tokens_as_stocks_block(model: str) -> None:
-    """An SSM layer's state of 19,456 bytes, an attention layer's token of 512: 38, in pages 64."""
-    cache = Driver(model, arena_for(1.0)).manager.kv_cache_config
-    assert tail_tokens(cache, AVMPConfig()) == 64
-    assert tail_tokens(cache, AVMPConfig(tail_tokens=5)) == 5
-
-
 def test_a_state_is_had_although_the_cache_is_all_pages(model: str) -> None:
     """SGLang #34441: the state side starves beside a cache of pages. Eviction crosses over."""
     driver = Driver(model, arena_for(1.3))
@@ -482,16 +474,26 @@ def test_cache_events_tell_what_both_pools_cache(model: str) -> None:
 
 @pytest.mark.parametrize("kind", Kind)
 def test_blocks_are_evicted_by_handle(model: str, kind: Kind) -> None:
-    """Page 3 and state 3 are two blocks: who evicts one leaves the other in the cache."""
-    driver = Driver(model, arena_for(2.0))
-    hit(driver, "r", prompt("r", 300))
-    driver.check_empty()
-    cached = {kind: driver.arena.cached_handles(kind) for kind in Kind}
-    assert all(cached.values())
-    driver.manager.evict_blocks(set(cached[kind]))
-    for other in Kind:
-        left = [] if other is kind else cached[other]
-        assert driver.arena.cached_handles(other) == left
+    """Page 3 and state 3 are two blocks: who evicts one does not evict the other. A state without
+    its pages is of no use, and pages without their state."""
+    driver = Driver(model, arena_for(3.0))
+    cached: dict[str, dict[Kind, set[int]]] = {}
+    before: set[int] = set()
+    for name in ("first", "second"):
+        hit(driver, name, prompt(name, 300))
+        driver.check_empty()
+        now = {each: set(driver.arena.cached_handles(each)) for each in Kind}
+        cached[name] = {each: now[each] - before for each in Kind}
+        before = set().union(*now.values())
+    assert all(cached["second"].values())
+    driver.manager.evict_blocks(
+        {max(cached["second"][kind])} | (cached["second"][kind] if kind is Kind.SSM else set())
+    )
+    for each in Kind:
+        left = set(driver.arena.cached_handles(each))
+        assert cached["first"][each] <= left
+        assert not cached["second"][each] & left or kind is Kind.KV
+    assert hit(driver, "again", prompt("second", 300)) < 288
     driver.manager.verify()
 
 
@@ -508,8 +510,8 @@ def test_a_budget_of_one_checkpoint_does_not_hold_a_long_prompt_up(
     while "long" not in driver.finished:
         driver.step()
         steps += 1
-    # 700 tokens at 127 a step, the state at the prompt's last page, and the second token.
-    assert steps <= 6 + 1 + 1
+    # 700 tokens at 127 a step, two states on the way, and the second token.
+    assert steps <= 6 + 2 + 1
     driver.run(limit=200)
     driver.check_empty()
 

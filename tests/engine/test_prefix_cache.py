@@ -9,6 +9,8 @@ from enginelib import assert_nothing_held, engine, scheduler_of, tokens
 from vllm import SamplingParams
 
 from avmp_vllm.core import Kind
+from avmp_vllm.core.keeper import Origin
+from avmp_vllm.engine.state_manager import StateManager
 
 
 def _answer(llm, prompt, max_tokens=8):
@@ -52,8 +54,8 @@ def test_a_long_decode_keeps_the_states_that_the_spacing_asks_for(
 ):
     """The running state moves on once a checkpoint interval, and no oftener.
 
-    What stays behind is kept where ``--prefix-cache-retention-interval`` asks for it. The default
-    of vLLM keeps the state at the prompt's last page alone.
+    What stays behind is kept where ``--prefix-cache-retention-interval`` asks for it. By default
+    the state of the prompt is kept, and of the answer the last of those at each 64 tokens.
     """
     prompt = tokens(random.Random(4), 50)
     with engine(
@@ -69,24 +71,24 @@ def test_a_long_decode_keeps_the_states_that_the_spacing_asks_for(
         pool.get_new_blocks = lambda count: taken.append(count) or get_new_blocks(count)
         _answer(llm, prompt, max_tokens=400)
         checkpoints = (50 + 400 - 1) // spacing
-        assert manager.arena.cached(Kind.SSM) == (checkpoints if keep_periodic else 0) + 1
-        # One running state for each interval, and a private copy of the one at the prompt's end.
-        assert sum(taken) == checkpoints + 2
+        copies = 0 if keep_periodic else (50 + 400 - 1) // 64
+        assert manager.arena.cached(Kind.SSM) == (checkpoints if keep_periodic else 1) + 1
+        # One running state for each interval, a private copy of the one at the prompt's end, and
+        # the copies of the answer's.
+        assert sum(taken) == checkpoints + 2 + copies
         assert manager.arena.statistics.peak_used[Kind.SSM] <= 3
         assert_nothing_held(llm)
 
 
-#: By least worth of a state: tokens that are cached, tokens of the prompt, its prefill's chunks.
+#: By the tokens that a step is worth: tokens that are cached, of the prompt, its prefill's chunks.
 CHUNKS = {
-    0: [(0, 90, [64, 26]), (128, 200, [64, 8])],
-    128: [
-        (0, 90, [90]),  # a state after 64 tokens is not worth a step
-        (0, 150, [128, 22]),
-        (0, 577, [576, 1]),  # past the checkpoints at 128, 256, 384 and 512
+    0: [(0, 90, [64, 26]), (128, 200, [64, 8]), (0, 700, [160, 512, 28])],
+    10_000: [
+        (0, 90, [90]),
+        (0, 577, [577]),  # past the checkpoints at 128, 256, 384 and 512
         (128, 200, [72]),
-        (160, 250, [90]),
-        # The state at 160 is not published for the block's end, which the first chunk runs past.
-        (160, 400, [224, 16]),
+        # The state at 160 is not published for the end of its block, which the chunk runs past.
+        (160, 400, [240]),
     ],
 }
 
@@ -95,10 +97,10 @@ def test_a_prompt_is_cut_only_for_a_state_worth_keeping(tiny_jamba):
     """Each cut is a step that the first token waits for; no cut publishes a wrong state."""
     rng = random.Random(9)
     answers = []
-    for tail_tokens, cases in CHUNKS.items():
+    for cut_tokens, cases in CHUNKS.items():
         with engine(
             tiny_jamba,
-            avmp={"checkpoint_tokens": 128, "tail_tokens": tail_tokens},
+            avmp={"checkpoint_tokens": 128, "cut_tokens": cut_tokens},
             enable_prefix_caching=True,
             max_model_len=1024,
             max_num_batched_tokens=1024,
@@ -116,9 +118,10 @@ def test_a_prompt_is_cut_only_for_a_state_worth_keeping(tiny_jamba):
             for hit, length, chunks in cases:
                 prompt = tokens(rng, length)
                 if hit:
-                    scheduler._tail_tokens = 0
+                    keeper = scheduler.kv_cache_manager.checkpoints.keeper
+                    keeper._cut_tokens = 0
                     _answer(llm, prompt[: hit + 1])
-                    scheduler._tail_tokens = tail_tokens
+                    keeper._cut_tokens = cut_tokens
                 scheduled.clear()
                 answer, found = _answer(llm, prompt)
                 assert found == hit
@@ -133,6 +136,48 @@ def test_a_prompt_is_cut_only_for_a_state_worth_keeping(tiny_jamba):
     with engine(tiny_jamba, max_model_len=1024, max_num_batched_tokens=1024) as llm:
         for prompt, answer in answers:
             assert _answer(llm, prompt)[0] == answer
+
+
+def _conversation(llm, turns=4):
+    """Answers and hits of a conversation, each turn's prompt holding all before it."""
+    rng = random.Random(11)
+    history, said, hits = tokens(rng, 40), [], []
+    for _ in range(turns):
+        answer, hit = _answer(llm, history, max_tokens=90)
+        said.append(answer)
+        hits.append(hit)
+        history = history + answer + tokens(rng, 20)
+    return said, hits
+
+
+@pytest.mark.parametrize("ahead", [False, True], ids=["sync", "async"])
+def test_a_conversation_resumes_inside_of_its_last_answer(tiny_jamba, monkeypatch, ahead):
+    """The last state at a multiple of 64 tokens is hit, in the answer or its prompt's last page.
+
+    The control: a state that is published for one page less than it covers changes tokens.
+    """
+    options = {"enable_prefix_caching": True, "async_scheduling": ahead, "max_model_len": 1024}
+    with engine(tiny_jamba, max_model_len=1024) as llm:
+        expected, _ = _conversation(llm)
+    with engine(tiny_jamba, avmp={}, **options) as llm:
+        said, hits = _conversation(llm)
+        assert scheduler_of(llm).kv_cache_manager.checkpoints.keeper.counts[Origin.ANSWER].made
+        assert_nothing_held(llm)
+    assert said == expected
+    # Prompts of 40, 150, 260 and 370 tokens, whose answers' states stand at 128, 192 and 320.
+    assert hits == [0, 128, 192, 320]
+    due = StateManager._copy_answer
+
+    def one_page_off(self, request_id):
+        due(self, request_id)
+        if request_id in self._copies:
+            position, copy = self._copies[request_id]
+            self._copies[request_id] = position - 32, copy
+            self.block_pool.positions[copy.block_id] = position - 32
+
+    monkeypatch.setattr(StateManager, "_copy_answer", one_page_off)
+    with engine(tiny_jamba, avmp={"verify": False}, **options) as llm:
+        assert _conversation(llm)[0] != expected
 
 
 def test_reset_frees_everything(tiny_jamba):
@@ -164,4 +209,14 @@ def test_either_pool_gives_up_cached_pages_for_the_other(tiny_jamba):
         assert statistics.evictions[Kind.KV] > 0
         assert statistics.evictions[Kind.SSM] > 0
         assert sum(statistics.failures.values()) == 0
+        assert_nothing_held(llm)
+
+
+def test_answers_end_at_pages_that_are_larger_than_their_interval(tiny_jamba):
+    """A prefix ends at a page, so an answer's states are kept at each 128 tokens here, not 64."""
+    prompt = tokens(random.Random(12), 40)
+    avmp = {"page_tokens": 128, "checkpoint_tokens": 256}
+    with engine(tiny_jamba, avmp=avmp, enable_prefix_caching=True) as llm:
+        answer, _ = _answer(llm, prompt, max_tokens=180)
+        assert _answer(llm, prompt + answer)[1] == 128
         assert_nothing_held(llm)

@@ -495,7 +495,6 @@ def scenarios(
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),
         "branching_interval": lambda: branching(short_granite, 256),
-        "branching_broken": lambda: branching(short_granite, 0, publish_anything),
         "branching_dense_broken": lambda: branching(short_granite, None, publish_anything),
         "branching_interval_broken": lambda: branching(short_granite, 256, publish_anything),
         "poisoned": lambda: poisoned(jamba),

@@ -73,7 +73,8 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
             "avmp": {
                 "migration_batch": settings.batch,
                 "growth_tokens": settings.growth,
-                "tail_tokens": settings.tail,
+                "cut_tokens": settings.cut,
+                "answer_tokens": settings.answer,
                 "verify": settings.verify,
             },
         }

@@ -26,7 +26,8 @@ class Settings:
         sequences: ``--max-num-seqs``.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
-        tail: ``tail_tokens``.
+        cut: ``cut_tokens``.
+        answer: ``answer_tokens``.
         verify: Check AVMP's own invariants at each step.
     """
 
@@ -43,7 +44,8 @@ class Settings:
     sequences: int = 6
     batch: int = 1
     growth: int = 0
-    tail: int | None = 0
+    cut: int = 0
+    answer: int = 64
     verify: bool = True
 
 
@@ -109,7 +111,8 @@ def draw_settings(rng: random.Random) -> Settings:
         sequences=rng.choice((1, 2, 4, 8)),
         batch=rng.choice((1, 1, 4, 32)),
         growth=rng.choice((0, 0, 64)),
-        tail=rng.choice((0, 0, None)),
+        cut=rng.choice((0, 0, 40)),
+        answer=rng.choice((0, 16, 64)),
     )
 
 

@@ -64,6 +64,8 @@ def test_recorded_pages_are_drawn():
     assert rows["SSM   798.0 KiB"][3:7] == ["7", "4", "2", "1"]
     assert rows["migrations KV to SSM"][4:6] == ["22", "7.3"]  # 11 in 1.5 s
     assert rows["prompt tokens"][2:4] == ["7,827", "2,080.0"]
+    assert "states kept  tail 3, answer 1,204\n" in text
+    assert "state hits   tail 2 of 6, answer 900 of 901\n" in text
     assert "requests running" in text
     assert "prefix hits, window" in text
     assert text.rstrip().endswith("a note")
@@ -95,6 +97,13 @@ def test_engines_are_summed():
     assert two.bands["kv"].used == 2 * one.bands["kv"].used
     assert two.gap_bytes == 2 * one.gap_bytes > 0
     assert "2 engines" in _drawn(two)
+
+
+def test_without_states_their_lines_say_so():
+    """A retention interval decides, or nothing was asked for yet."""
+    lines = [line for line in AFTER.splitlines() if "avmp_state" not in line]
+    text = _drawn(_reading(after="\n".join(lines) + "\n"))
+    assert "states kept  -\nstate hits   -\n" in text
 
 
 def test_an_arena_before_its_first_request_is_said_to_be_empty():
@@ -258,6 +267,7 @@ def test_a_real_server_is_watched(tmp_path):
     model = write_tiny_jamba(tmp_path / "jamba")
     options = ("--dtype", "float32", "--max-model-len", "512", "--enforce-eager")
     options += ("--kv-cache-memory-bytes", "2400000", "--max-num-seqs", "8")
+    options += ("--enable-prefix-caching",)
     environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     server = vllm_server(
         model,
@@ -271,7 +281,8 @@ def test_a_real_server_is_watched(tmp_path):
         done = _top("--once", server.url)
         assert done.returncode == 0, done.stderr
         assert "not laid out yet" in done.stdout
-        body = {"model": "tiny", "prompt": list(range(20, 120)), "max_tokens": 20}
+        body = {"model": "tiny", "prompt": list(range(20, 120)), "max_tokens": 40}
+        body["ignore_eos"] = True  # past 128 tokens, where the answer's state is copied
         request = urllib.request.Request(
             f"{server.url}/v1/completions",
             json.dumps(body).encode(),
@@ -287,3 +298,4 @@ def test_a_real_server_is_watched(tmp_path):
     rows = {line[:20].strip(): line.split() for line in done.stdout.splitlines()}
     assert rows["prompt tokens"][2] == "100"
     assert int(rows["answer tokens"][2]) > 0
+    assert "states kept  answer 1" in done.stdout

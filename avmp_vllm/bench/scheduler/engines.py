@@ -48,8 +48,6 @@ _TORCH = {
 }
 #: AVMP's KV page, as on CUDA.
 PAGE_TOKENS = 16
-#: Variants in the order of tables; the second of each ratio is stock.
-VARIANTS = ("stock", "static", "avmp")
 #: Stock's and AVMP's scheduler: those that wait for a step's output, and those that do not.
 SCHEDULERS: tuple[tuple[type[Scheduler], type[Scheduler]], ...] = (
     (Scheduler, AVMPScheduler),
@@ -239,6 +237,9 @@ def _make_static(scheduler: Scheduler, settings: Settings) -> StaticArena:
     )
     arena = StaticArena(manager.geometry, settings.static_ratio, coordinator._evict)
     manager.arena = coordinator.arena = arena
+    if coordinator.checkpoints is not None:
+        coordinator.checkpoints.arena = arena
+        arena.choose = coordinator.checkpoints.choose
     for pool in coordinator.pools.values():
         pool.arena = arena
     return arena
@@ -252,7 +253,10 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
     """
     vllm_config = _vllm_config(settings)
     cache = vllm_config.cache_config
-    if variant == "stock":
+    stock = variant.startswith("stock")
+    if stock:
+        if variant == "stock-dense":
+            cache.prefix_cache_retention_interval = None
         config = _stock_config(vllm_config, shape, settings)
     else:
         vllm_config.additional_config = {
@@ -272,7 +276,7 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
         kv_cache_utils.init_none_hash(hash_function)
         hasher = kv_cache_utils.get_request_block_hasher(hash_block_size, hash_function)
     classes = SCHEDULERS[settings.async_scheduling]
-    scheduler = classes[variant != "stock"](
+    scheduler = classes[not stock](
         vllm_config=vllm_config,
         kv_cache_config=config,
         structured_output_manager=StructuredOutputManager(vllm_config),

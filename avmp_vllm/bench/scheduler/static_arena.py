@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import islice
 
-from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind
+from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind, kind_of
 from avmp_vllm.core.capacity import StaticSplit
 
 
@@ -40,11 +40,14 @@ class StaticArena(Arena):
         return self.free(kind) + self.cached(kind)
 
     def _make_room(self, pages: int, blocks: int) -> None:
-        """Evict from the pool that is short, and from no other."""
+        """Evict what is chosen, or else from the pool that is short alone."""
         if not self.fits(pages, blocks):
             self.note_failure(pages, blocks)
             raise AllocationFailure(f"{pages} KV page(s) and {blocks} SSM block(s) do not fit")
         for kind, wanted in ((Kind.KV, pages), (Kind.SSM, blocks)):
-            missing = wanted - self.free(kind)
-            if missing > 0:
-                self._evict(kind, list(islice(self._cached[kind], missing)))
+            while (missing := wanted - self.free(kind)) > 0:
+                chosen = self.choose() if self.choose is not None else ()
+                chosen = chosen or list(islice(self._cached[kind], missing))
+                for each in Kind:
+                    if evicted := [handle for handle in chosen if kind_of(handle) is each]:
+                        self._evict(each, evicted)

@@ -1,0 +1,126 @@
+"""AVMP's rules: the core's keeper of states, as the engine runs it."""
+
+from __future__ import annotations
+
+from avmp_vllm.bench.prefix.cache import Served, Sizes
+from avmp_vllm.bench.prefix.trace import PAGE, Request
+from avmp_vllm.core.keeper import Origin, Record, StateKeeper
+from avmp_vllm.core.prefix_tree import Node
+
+#: A running answer's state moves on every so many tokens.
+ANSWER_TOKENS = 64
+
+
+class Avmp:
+    """Keeps states by their worth, and the pages that they need.
+
+    Args:
+        memory: Bytes of the arena.
+        sizes: Of the model's pages and states.
+    """
+
+    def __init__(self, memory: int, sizes: Sizes) -> None:
+        # The null block and page.
+        self._memory = max(memory - sizes.state - sizes.page, 0)
+        self._sizes = sizes
+        self._keeper = StateKeeper(sizes.page, sizes.state, PAGE)
+        self._nodes: dict[int, Node] = {}
+        self._pages: dict[int, int] = {}
+        self._page_count = 0
+
+    def serve(self, request: Request) -> Served:
+        """Look a request up, compute the rest, answer, and keep what is worth it."""
+        keeper, keys = self._keeper, request.keys
+        keeper.tick()
+        hit, node, deepest = self._look_up(request)
+        found: Record | None = node.note
+        junction = hit
+        while junction < request.reusable and keys[junction] in self._pages:
+            junction += 1
+        turns = deepest.next_turns if deepest is not None else 0
+        stops = keeper.stops(
+            request.prompt, hit * PAGE, junction * PAGE if junction > hit else 0, turns
+        )
+        for record in dict.fromkeys((deepest, found)):
+            if record is not None:
+                keeper.used(record)
+        for position, origin in stops.refused.items():
+            keeper.record(keys[position // PAGE - 1], origin, turns)
+        made = 0
+        for position, origin in stops.made.items():
+            made += self._keep(request, position // PAGE, origin, turns)
+        answer = (request.tokens - 1) // ANSWER_TOKENS * ANSWER_TOKENS
+        last = max(stops.made, default=hit * PAGE)
+        copies = 0
+        if answer > max(request.prompt, last):
+            copies = answer // ANSWER_TOKENS - request.prompt // ANSWER_TOKENS
+            if keeper.pays(Origin.ANSWER, turns, answer - last, cuts=False):
+                made += self._keep(request, answer // PAGE, Origin.ANSWER, turns)
+            else:
+                copies = 0
+                keeper.record(keys[answer // PAGE - 1], Origin.ANSWER, turns)
+        kept_on = found is not None and found.node is not None
+        if made and kept_on and found.origin is not Origin.JUNCTION:
+            keeper.supersede(found)
+        states, pages = self._make_room()
+        kind = found.origin.value if found is not None else ""
+        return Served(hit * PAGE, len(stops.made), made, states, pages, copies, kind)
+
+    def _look_up(self, request: Request) -> tuple[int, Node, Record | None]:
+        """Pages that are hit, the state there, and the longest prefix of a known state."""
+        deepest: Record | None = None
+        for index in range(request.reusable - 1, -1, -1):
+            node = self._nodes.get(request.keys[index])
+            if node is not None:
+                return index + 1, node, deepest or node.note
+            deepest = deepest or self._keeper.gone(request.keys[index])
+        return 0, self._keeper.tree.root, deepest
+
+    def _keep(self, request: Request, pages: int, origin: Origin, turns: int) -> bool:
+        """Keep a request's state behind so many pages, unless there is one."""
+        keys = request.keys
+        if keys[pages - 1] in self._nodes:
+            return False
+        below = next(
+            (self._nodes[key] for key in reversed(keys[: pages - 1]) if key in self._nodes),
+            self._keeper.tree.root,
+        )
+        own = keys[below.position // PAGE : pages]
+        record = self._keeper.record(keys[pages - 1], origin, turns)
+        node = self._keeper.tree.add(below, pages * PAGE, own, 0)
+        self._nodes[keys[pages - 1]] = node
+        for key in own:
+            self._pages[key] = self._pages.get(key, 0) + 1
+        self._page_count += len(own)
+        self._keeper.keep(record, node)
+        return True
+
+    def _make_room(self) -> tuple[int, int]:
+        """Give up what is worth least; states and pages that went."""
+        states = lost = 0
+        while self.bytes_used() > self._memory:
+            victim = self._keeper.victim()
+            assert victim is not None
+            key = victim.note.key
+            pages = self._keeper.give_up(victim)
+            del self._nodes[key]
+            states += 1
+            lost += len(pages)
+            self._page_count -= len(pages)
+            for page in pages:
+                self._pages[page] -= 1
+                if not self._pages[page]:
+                    del self._pages[page]
+        return states, lost
+
+    def bytes_used(self) -> int:
+        """Bytes of kept states and of the pages that they need."""
+        return self._keeper.kept * self._sizes.state + self._page_count * self._sizes.page
+
+    def verify(self) -> None:
+        """Raise AssertionError if the books do not add up."""
+        nodes = list(self._keeper.tree.nodes())
+        assert not self._keeper.tree.problems()
+        assert self._keeper.kept == len(self._nodes) == sum(n.state is not None for n in nodes)
+        assert self._page_count == sum(len(node.pages) for node in nodes)
+        assert self.bytes_used() <= self._memory

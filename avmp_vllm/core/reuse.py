@@ -1,0 +1,188 @@
+"""How soon a kept state is used again, learned from what has been used.
+
+States are sorted into classes (what kind of state, used how often, superseded or not), and classes
+into families, from which a class borrows what it has not seen itself. A class has a hazard of reuse
+for each bin of age; age is counted in requests, so that equal traffic gives equal decisions
+whatever a clock says. From the hazards follows the index of a state of some age: the best ratio of
+expected reuses to expected waiting that can be had by keeping it from now on and giving it up at
+the right moment (Gittins). It falls with age where reuse does, and rises where a state that was
+idle for so long tends to come back.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+#: Ages at which bins begin, two an octave.
+EDGES = (0, 1, *(edge << octave >> 1 for octave in range(1, 22) for edge in (2, 3)))
+BINS = len(EDGES)
+_WIDTHS = tuple(
+    float(end - begin) for begin, end in zip(EDGES, (*EDGES[1:], 2 * EDGES[-1]), strict=True)
+)
+#: Before anything is known: the chance that a new state is used by the next request.
+_FIRST_GUESS = 0.01
+#: What a class borrows from all classes together, in reuses.
+_BORROWED = 2.0
+#: Requests after which what was learned counts half.
+HALF_LIFE = 4_000
+#: Indices are computed again after an eighth of the requests so far, but not oftener nor later.
+_SOONEST, _LATEST = 16, 256
+
+
+def bin_of(age: int) -> int:
+    """The bin that an age is in."""
+    return bisect_right(EDGES, age) - 1
+
+
+class Class(NamedTuple):
+    """What states are told apart by.
+
+    Attributes:
+        family: Told apart first; classes of a family borrow from each other.
+        detail: Told apart where enough was seen.
+    """
+
+    family: tuple[str, bool]
+    detail: tuple[int, int]
+
+
+class _Counts:
+    """Reuses and waiting by age, weighted by how recent they are."""
+
+    __slots__ = ("reuses", "waited")
+
+    def __init__(self) -> None:
+        self.reuses = [0.0] * BINS
+        self.waited = [0.0] * BINS
+
+    def scale(self, factor: float) -> None:
+        """Multiply all counts."""
+        self.reuses = [value * factor for value in self.reuses]
+        self.waited = [value * factor for value in self.waited]
+
+
+class _Prospects(NamedTuple):
+    """What follows from a class's hazards.
+
+    Attributes:
+        epoch: Of what was known when they were computed.
+        indices: By age.
+        unused: Chance not to have been used by the end of each bin.
+    """
+
+    epoch: int
+    indices: list[float]
+    unused: list[float]
+
+
+class ReuseRates:
+    """Hazards of reuse by class and age.
+
+    Attributes:
+        now: Requests so far.
+        epoch: Indices are as they were when it began.
+    """
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.epoch = 0
+        self._next_epoch = 0
+        self._all = _Counts()
+        self._families: dict[tuple[str, bool], _Counts] = {}
+        self._classes: dict[Class, _Counts] = {}
+        self._prospects: dict[Class, _Prospects] = {}
+        # Old counts are not scaled down; new ones are scaled up.
+        self._weight = 1.0
+        self._growth = 2.0 ** (1 / HALF_LIFE)
+
+    def tick(self) -> None:
+        """A request has come."""
+        self.now += 1
+        if self.now >= self._next_epoch:
+            self.epoch += 1
+            self._next_epoch = self.now + min(max(self.now // 8, _SOONEST), _LATEST)
+        self._weight *= self._growth
+        if self._weight > 1e12:
+            for counts in (self._all, *self._families.values(), *self._classes.values()):
+                counts.scale(1 / self._weight)
+            self._weight = 1.0
+
+    def waited(self, cls: Class, age_bin: int, ages: float) -> None:
+        """A state of a class has waited in a bin for so many requests."""
+        for counts in self._counts(cls):
+            counts.waited[age_bin] += ages * self._weight
+
+    def reused(self, cls: Class, age_bin: int) -> None:
+        """A state of a class was used at an age."""
+        for counts in self._counts(cls):
+            counts.reuses[age_bin] += self._weight
+
+    def index(self, cls: Class, age_bin: int) -> float:
+        """Best ratio of expected reuses to expected waiting from an age on, a request."""
+        return self._fresh(cls).indices[age_bin]
+
+    def chance(self, cls: Class, ages: int) -> float:
+        """Chance that a new state of a class is used within so many requests."""
+        return 1.0 - self._fresh(cls).unused[bin_of(max(ages, 0))]
+
+    def _counts(self, cls: Class) -> tuple[_Counts, _Counts, _Counts]:
+        """Of everything, of a class's family and of the class itself."""
+        family = self._families.get(cls.family)
+        if family is None:
+            family = self._families[cls.family] = _Counts()
+        own = self._classes.get(cls)
+        if own is None:
+            own = self._classes[cls] = _Counts()
+        return self._all, family, own
+
+    def _fresh(self, cls: Class) -> _Prospects:
+        prospects = self._prospects.get(cls)
+        if prospects is None or prospects.epoch != self.epoch:
+            hazards = list(self._hazards(cls))
+            prospects = _Prospects(self.epoch, _indices(hazards), _unused(hazards))
+            self._prospects[cls] = prospects
+        return prospects
+
+    def _hazards(self, cls: Class) -> Iterator[float]:
+        """Of each bin; what a class has not seen is as in its family, or else in general."""
+        weight, borrowed = self._weight, _BORROWED * self._weight
+        for age_bin, edge in enumerate(EDGES):
+            hazard = _FIRST_GUESS / (1 + edge / 8)
+            strength = weight
+            for counts in self._counts(cls):
+                hazard = (counts.reuses[age_bin] + strength) / (
+                    counts.waited[age_bin] + strength / hazard
+                )
+                strength = borrowed
+            yield hazard
+
+
+def _indices(hazards: list[float]) -> list[float]:
+    """Of each bin, the best ratio of expected reuses to expected waiting from its begin on."""
+    indices = [0.0] * BINS
+    # Bins from the last to the first; a bin takes what follows it in as long as that is better
+    # than itself. Each entry: expected reuses, expected waiting, chance to get past it.
+    ahead: list[tuple[float, float, float]] = []
+    for age_bin in range(BINS - 1, -1, -1):
+        reuses = -math.expm1(-hazards[age_bin] * _WIDTHS[age_bin])
+        past, waiting = 1.0 - reuses, reuses / hazards[age_bin]
+        while ahead and ahead[-1][0] * waiting > reuses * ahead[-1][1]:
+            more_reuses, more_waiting, more_past = ahead.pop()
+            reuses += past * more_reuses
+            waiting += past * more_waiting
+            past *= more_past
+        ahead.append((reuses, waiting, past))
+        indices[age_bin] = reuses / waiting
+    return indices
+
+
+def _unused(hazards: list[float]) -> list[float]:
+    """Chance not to have been used by the end of each bin."""
+    chances, chance = [], 1.0
+    for hazard, width in zip(hazards, _WIDTHS, strict=True):
+        chance *= math.exp(-hazard * width)
+        chances.append(chance)
+    return chances
