@@ -1,4 +1,5 @@
-"""The allocator: exact page sizes, two pools in one arena, capacity that migrates on failure.
+"""The allocator: exact page sizes, two pools in one arena, capacity that migrates on failure; and
+which states a prefix cache keeps in it.
 
 Standard library only. One concept a file:
 
@@ -9,6 +10,9 @@ band           the pages of one pool: placement, page table, growth, shrinking
 arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
 plan           what a worker must do to the bytes before its next forward pass
 statistics     counters
+prefix_tree    the prefixes that are kept: states, and the pages that they need
+reuse          how soon a state is used again, learned from what has been used
+keeper         which states are worth their bytes: what is made, and what goes first
 ============== ===========================================================================
 """
 

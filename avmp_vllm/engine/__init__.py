@@ -10,6 +10,7 @@ options           vLLM options that AVMP refuses
 layout            page sizes, cache groups and tensors of an arena
 capacity          what fits, printed at start-up
 block_pool        vLLM's ``BlockPool`` over one pool of the arena
+checkpoints       which states a running engine makes and keeps
 state_pool        the pool of states, each published at its own position only
 state_manager     vLLM's ``MambaManager``, which says where each state stands
 coordinator       vLLM's ``KVCacheCoordinator`` over both

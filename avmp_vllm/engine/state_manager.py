@@ -186,9 +186,10 @@ class StateManager(MambaManager):
         if self.checkpoints is None:
             return super()._cache_partial_tail_block(request, num_tokens, retention_interval)
         name = request.request_id
-        if name in self._copies and self._copies[name][0] <= num_tokens:
+        if name in self._copies:
+            # Now or never: nobody holds the copy any more once it is in the plan.
             position, copy = self._copies.pop(name)
-            return self._publish(request, copy, position)
+            return self._publish(request, copy, position) if position <= num_tokens else None
         blocks = self.req_to_blocks[name]
         if name in self._checkpoints:
             position, index = self._checkpoints[name]

@@ -19,8 +19,6 @@ from avmp_vllm.planner.cards import CARDS, RESERVE, budget
 
 #: SGLang's default split, bytes of states to bytes of KV.
 STATIC_RATIO = 0.9
-#: Spacing of AVMP's state checkpoints before rounding up to pages, as in the engine.
-CHECKPOINT_TOKENS = 512
 #: Stock vLLM 0.32 rounds the block of a hybrid model with a latent cache to this (CUDA's MLA
 #: kernels want it; Platform._align_hybrid_block_size).
 LATENT_UNIT = 128
@@ -88,12 +86,6 @@ class Plan:
         """Bytes of padding to each byte of state under stock."""
         page = self.stock.block_tokens * self.layers.token_bytes
         return page / self.layers.state_bytes - 1
-
-    @property
-    def checkpoint_tokens(self) -> int:
-        """AVMP's default spacing of state checkpoints."""
-        page = self.geometry.page_tokens
-        return max(ceil_div(CHECKPOINT_TOKENS, page), 2) * page
 
 
 def make_plan(
@@ -197,8 +189,8 @@ def _print_sizes(console: Console, shape: ModelShape, plan: Plan, caching: bool)
     )
     table.add_row("prefix hits land on (tokens)", *hits)
     if caching:
-        kept = (f"{stock.block_tokens:,}", *[f"{plan.checkpoint_tokens:,}"] * 2)
-        table.add_row("a state is kept every (tokens)", *kept)
+        kept = (f"every {stock.block_tokens:,} tokens", *["by its worth"] * 2)
+        table.add_row("a state is kept", *kept)
     console.print(table)
 
 
@@ -277,6 +269,14 @@ def run(args: argparse.Namespace) -> int:
         return 2
     _print_sizes(console, shape, plan, not args.no_prefix_caching)
     _print_capacity(console, plan, args.lengths)
+    if not args.no_prefix_caching:
+        warm = ", ".join(
+            f"{plan.geometry.sequences(tokens):,} of {tokens:,}" for tokens in args.lengths
+        )
+        console.print(
+            f"AVMP keeps warm, while nothing runs, conversations of so many tokens: {warm} "
+            "(each a state and its pages)"
+        )
     logged = plan.stock.logged_tokens(plan.max_model_len)
     console.print(
         f"stock vLLM would log: KV cache size: {logged:,} tokens "
