@@ -80,7 +80,7 @@ class _ProcessHere:
 
 
 @pytest.fixture
-def vllm_command(monkeypatch) -> Callable[..., Any]:
+def vllm_command(monkeypatch, tmp_path) -> Callable[..., Any]:
     """Run ``vllm`` with some words; return the engine configuration that it makes of them."""
     from vllm.benchmarks import mm_processor
     from vllm.entrypoints.cli.main import main
@@ -102,6 +102,8 @@ def vllm_command(monkeypatch) -> Callable[..., Any]:
     monkeypatch.setattr(multiprocessing, "set_start_method", lambda *args, **kwargs: None)
     # The servers of vLLM put their process's name before every line that is printed.
     monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")
+    # Two API servers share one, which vLLM would leave behind to every server started later.
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def run(*words: object) -> Any:
