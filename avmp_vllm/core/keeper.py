@@ -22,14 +22,16 @@ from avmp_vllm.core.reuse import EDGES, Class, ReuseRates, bin_of
 BEFORE_TAIL = 512
 #: Default of ``cut_tokens``.
 CUT_TOKENS = 400
+#: Default of ``answer_tokens``: a running answer's state moves on every so many tokens.
+ANSWER_TOKENS = 64
 #: A state is made if it is worth this share of the price of memory.
 FAIR_SHARE = 0.25
 #: How much of the price a new victim sets.
 PRICE_STEP = 0.05
 #: Requests after which the price is half of what it was, if nothing is given up.
 PRICE_HALF_LIFE = 1_000
-#: How much longer the expected lifetime is with each request that gives nothing up for room, and
-#: in how many lifetimes a state must have paid for its cut.
+#: Requests by which each request lengthens the expected lifetime, which what is given up shortens;
+#: and in how many lifetimes a state must have paid for its cut.
 LONGER, LIFETIMES = 4.0, 2
 #: Uses that make a state a common prefix.
 COMMON = 4
@@ -229,6 +231,11 @@ class StateKeeper:
         self._settle(record)
         record.superseded = True
         self._begin(record, self.rates.now)
+
+    def went_on(self, found: Record) -> None:
+        """A prompt that began at a state has left a newer one; a junction belongs to nobody."""
+        if found.node is not None and found.origin is not Origin.JUNCTION:
+            self.supersede(found)
 
     def _begin(self, record: Record, since: int, cls: Class | None = None) -> None:
         """Let a record's age count from a request, in the class that it has now."""

@@ -220,9 +220,7 @@ class Checkpoints:
         if visit is None or position <= visit.node.position:
             return
         keeper, page = self.keeper, self._page_tokens
-        origin = visit.stops.pop(position, None)
-        if origin is None:
-            origin = Origin.ANSWER
+        origin = visit.stops.pop(position, Origin.ANSWER)
         record = keeper.record(request.block_hashes[position // page - 1], origin, visit.turns)
         below = visit.node
         own = [block.block_id for block in pages[below.position // page : position // page]]
@@ -237,9 +235,8 @@ class Checkpoints:
             if before is not None and before.state is not None:
                 self._withdraw(before)
         self._drop(keeper.step_off(below))
-        found = visit.found
-        if found is not None and found.origin is not Origin.JUNCTION and found.node is not None:
-            keeper.supersede(found)
+        if visit.found is not None:
+            keeper.went_on(visit.found)
 
     def _withdraw(self, node: Node) -> None:
         """Take a state out of the cache whose request has moved it on."""

@@ -116,7 +116,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
         self.pools[Kind.KV].kept = self.checkpoints.pages
         self.states.kept = self.checkpoints.nodes
         self.states.checkpoints = self.checkpoints
-        pages = self.single_type_managers[self.kinds.index(Kind.KV)].req_to_blocks
+        pages, self._held_states = (
+            self.single_type_managers[self.kinds.index(kind)].req_to_blocks for kind in Kind
+        )
         for manager in self.single_type_managers:
             if isinstance(manager, StateManager):
                 manager.checkpoints = self.checkpoints
@@ -198,8 +200,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
         second then has to bring back.
         """
         if self.checkpoints is not None:
-            states = self.single_type_managers[self.kinds.index(Kind.SSM)].req_to_blocks
-            held = states.get(request_id)
+            held = self._held_states.get(request_id)
             self.checkpoints.begin(request_id, held[-1] if held else None)
         (pages, blocks), self._next = self._next, (0, 0)
         if self.arena.fits(pages, blocks):

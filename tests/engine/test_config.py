@@ -12,7 +12,7 @@ from vllm.config.cache import MambaCacheMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from avmp_vllm.core.keeper import CUT_TOKENS
+from avmp_vllm.core.keeper import ANSWER_TOKENS, CUT_TOKENS
 from avmp_vllm.engine import last_line
 from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
 from avmp_vllm.engine.options import REFUSALS, refuse
@@ -194,6 +194,7 @@ def test_file_that_holds_no_options(tmp_path, content, message):
 def test_the_default_of_cut_tokens_is_the_keeper_s():
     """The options stand without the core, which is not loaded where AVMP is not in charge."""
     assert AVMPConfig().cut_tokens == CUT_TOKENS
+    assert AVMPConfig().answer_tokens == ANSWER_TOKENS
 
 
 @pytest.mark.parametrize("content", [b"", b"# nothing yet\n", b"{}"])

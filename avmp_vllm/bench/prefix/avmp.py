@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from avmp_vllm.bench.prefix.cache import Served, Sizes
 from avmp_vllm.bench.prefix.trace import PAGE, Request
-from avmp_vllm.core.keeper import Origin, Record, StateKeeper
+from avmp_vllm.core.keeper import ANSWER_TOKENS, Origin, Record, StateKeeper
 from avmp_vllm.core.prefix_tree import Node
-
-#: A running answer's state moves on every so many tokens.
-ANSWER_TOKENS = 64
 
 
 class Avmp:
@@ -59,9 +56,8 @@ class Avmp:
             else:
                 copies = 0
                 keeper.record(keys[answer // PAGE - 1], Origin.ANSWER, turns)
-        kept_on = found is not None and found.node is not None
-        if made and kept_on and found.origin is not Origin.JUNCTION:
-            keeper.supersede(found)
+        if made and found is not None:
+            keeper.went_on(found)
         states, pages = self._make_room()
         kind = found.origin.value if found is not None else ""
         return Served(hit * PAGE, len(stops.made), made, states, pages, copies, kind)
