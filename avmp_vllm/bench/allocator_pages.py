@@ -13,7 +13,7 @@ from avmp_vllm.backing.torch_buffer import TorchBuffer
 from avmp_vllm.bench.jamba_3b import MAX_MODEL_LEN, Side, managers
 from avmp_vllm.bench.timing import Subject, alternate
 from avmp_vllm.core import Arena, Geometry, Kind, MovePlan, Relocation
-from avmp_vllm.engine.block_pool import AVMPBlockPool
+from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 
 #: Requests of one timed round, and those that fill the cache before (4096 tokens each).
 REQUESTS, SETTLING = 8, 100

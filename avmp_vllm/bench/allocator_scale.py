@@ -29,7 +29,7 @@ def _measure(which: str, arena_bytes: int, page_bytes: int, block_bytes: int) ->
     from vllm.v1.core.block_pool import BlockPool
 
     from avmp_vllm.bench.timing import Subject, alternate
-    from avmp_vllm.engine.block_pool import AVMPBlockPool
+    from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 
     geometry = Geometry(arena_bytes, page_bytes, block_bytes)
     gc.collect()

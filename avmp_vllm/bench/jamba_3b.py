@@ -28,9 +28,10 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from avmp_vllm.core.capacity import stock_block_tokens
-from avmp_vllm.engine.config import AVMPConfig
-from avmp_vllm.engine.layout import CHECKPOINT_TOKENS, arena_config
-from avmp_vllm.engine.manager import AVMPBlockSpaceManager
+from avmp_vllm.engine.entry.config import AVMPConfig
+from avmp_vllm.engine.layout.arena import arena_config
+from avmp_vllm.engine.layout.pages import CHECKPOINT_TOKENS
+from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
 from avmp_vllm.models.jamba_3b import jamba_3b_config
 
 #: Longest request; a prompt of that length is prefilled in one chunk.

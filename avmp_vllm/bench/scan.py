@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from avmp_vllm.engine.cpu_scan import selective_scan
+from avmp_vllm.engine.cpu.scan import selective_scan
 
 _STATE = 16  # elements a channel, as in Jamba and Mamba
 

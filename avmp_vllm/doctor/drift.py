@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from avmp_vllm.engine.seams import Seam
+    from avmp_vllm.engine.entry.seams import Seam
 
 #: Methods that AVMP's subclasses override or call, and the parameters they rely on.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
@@ -244,14 +244,14 @@ def find(where: str) -> Callable[..., Any]:
 
 def all_seams() -> tuple[Seam, ...]:
     """Every seam, installed in this process or not."""
-    from avmp_vllm.engine import seams
+    from avmp_vllm.engine.entry import seams
 
     return (*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2)
 
 
 def drifted() -> list[str]:
     """A line for each function of vLLM that AVMP wraps or overrides and that is not as expected."""
-    from avmp_vllm.engine import seams
+    from avmp_vllm.engine.entry import seams
 
     wanted = [
         (f"{seam.module}:{seam.path}", lambda seam=seam: seams.stock(seam), seam.signature)

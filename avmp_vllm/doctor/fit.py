@@ -16,7 +16,7 @@ from avmp_vllm.doctor.installation import GIB, host_memory
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from avmp_vllm.engine.layout import AVMPCacheConfig
+    from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 
 #: Bytes beside weights and cache: activations, graphs, the runtime. As round as the planner's.
 RESERVE = GIB
@@ -40,8 +40,9 @@ class Memory(NamedTuple):
 def check_fit(vllm_config: VllmConfig) -> Iterator[Check]:
     """What fits, and whether one request of the longest length does."""
     from avmp_vllm.core import ArenaTooSmall
-    from avmp_vllm.engine import layout
-    from avmp_vllm.engine.config import ConfigError
+    from avmp_vllm.engine.entry.config import ConfigError
+    from avmp_vllm.engine.layout.arena import arena_config
+    from avmp_vllm.engine.layout.limits import fit_model_len
 
     if vllm_config.parallel_config.tensor_parallel_size > 1:
         yield warn("fits", "not reckoned for several ranks", "the start-up log says what fits")
@@ -52,9 +53,9 @@ def check_fit(vllm_config: VllmConfig) -> Iterator[Check]:
         yield _check_free(memory, layers.weight_bytes)
         if memory.cache <= 0:
             return
-        config = layout.arena_config(vllm_config, layers.specs, memory.cache)
+        config = arena_config(vllm_config, layers.specs, memory.cache)
         yield _page_sizes(config)
-        layout.fit_model_len(vllm_config, config)
+        fit_model_len(vllm_config, config)
         yield from _sequences(vllm_config, config)
     except (ConfigError, ArenaTooSmall) as error:
         yield refusal_of("fits", error)
@@ -160,7 +161,7 @@ def _page_sizes(config: AVMPCacheConfig) -> Check:
 
 def _sequences(vllm_config: VllmConfig, config: AVMPCacheConfig) -> Iterator[Check]:
     """The sequences that fit at some lengths."""
-    from avmp_vllm.engine import capacity
+    from avmp_vllm.engine.layout import capacity
 
     geometry = config.geometry
     assert geometry is not None

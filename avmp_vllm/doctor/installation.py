@@ -177,7 +177,7 @@ def check_plugin() -> Check:
         )
     try:
         found[0].load()()
-        from avmp_vllm.engine import seams
+        from avmp_vllm.engine.entry import seams
 
         missing = [seam.path for seam in seams.SELECTION if not seams.is_installed(seam)]
     except Exception as error:  # whatever keeps it from loading is the answer

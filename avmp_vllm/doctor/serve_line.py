@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-    from avmp_vllm.engine.options import Refusal
+    from avmp_vllm.engine.entry.options import Refusal
 
 #: Parts of ``VllmConfig`` whose fields are fields of the engine arguments.
 _PARTS = ("model_config", "cache_config", "parallel_config", "scheduler_config")
@@ -111,7 +111,7 @@ def _parse(words: Sequence[str]) -> tuple[EngineArgs, dict[str, Any]]:
 
 def _options(given: object) -> dict[str, Any] | Check:
     """AVMP's own options, or what is wrong with them."""
-    from avmp_vllm.engine.config import AVMPConfig, ConfigError
+    from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError
 
     try:
         return AVMPConfig.read(given).model_dump()
@@ -121,8 +121,8 @@ def _options(given: object) -> dict[str, Any] | Check:
 
 def _build(engine_args: EngineArgs) -> Iterator[Check | VllmConfig]:
     """Build the configuration, taking back and reporting what is refused."""
-    from avmp_vllm.engine.config import ConfigError
-    from avmp_vllm.engine.options import REFUSALS
+    from avmp_vllm.engine.entry.config import ConfigError
+    from avmp_vllm.engine.entry.options import REFUSALS
 
     refused = 0
     for refusal in REFUSALS:

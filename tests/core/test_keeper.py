@@ -1,8 +1,8 @@
 """Random requests on a keeper against a naive one, which computes every worth anew.
 
-The client does what the engine does (``avmp_vllm/engine/checkpoints.py``), without an engine. The
-model knows prefixes by their pages, and what has happened to each state. Controls at the end break
-the keeper in the ways that a careless change could; each must be noticed.
+The client does what the engine does (``avmp_vllm/engine/scheduler/checkpoints.py``), without an
+engine. The model knows prefixes by their pages, and what has happened to each state. Controls at
+the end break the keeper in the ways that a careless change could; each must be noticed.
 """
 
 from __future__ import annotations

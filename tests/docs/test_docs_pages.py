@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from avmp_vllm.engine import metrics, seams
-from avmp_vllm.engine.config import AVMPConfig
-from avmp_vllm.engine.options import REFUSALS
+from avmp_vllm.engine.entry import seams
+from avmp_vllm.engine.entry.config import AVMPConfig
+from avmp_vllm.engine.entry.options import REFUSALS
+from avmp_vllm.engine.scheduler import metrics
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -20,11 +21,11 @@ SPEAKING = ("core", "backing", "engine")
 PROGRAMMING_ERRORS = {
     ("core/arena.py", "ValueError"),
     ("core/geometry.py", "ValueError"),
-    ("engine/block_pool.py", "NotImplementedError"),
-    ("engine/cpu_scan.py", "ValueError"),
-    ("engine/handle_attention.py", "NotImplementedError"),
-    ("engine/v2_block_tables.py", "NotImplementedError"),
-    ("engine/v2_runner.py", "NotImplementedError"),
+    ("engine/scheduler/block_pool.py", "NotImplementedError"),
+    ("engine/cpu/scan.py", "ValueError"),
+    ("engine/handles/attention.py", "NotImplementedError"),
+    ("engine/worker/v2/block_tables.py", "NotImplementedError"),
+    ("engine/worker/v2/runner.py", "NotImplementedError"),
 }
 
 
@@ -93,8 +94,8 @@ def messages() -> list[tuple[str, list[str]]]:
     """(where, runs of words) of every log line and error that a user of the engine may read."""
     found = []
     for folder in SPEAKING:
-        for path in sorted((ROOT / "avmp_vllm" / folder).glob("*.py")):
-            where = f"{folder}/{path.name}"
+        for path in sorted((ROOT / "avmp_vllm" / folder).rglob("*.py")):
+            where = str(path.relative_to(ROOT / "avmp_vllm"))
             for node in ast.walk(ast.parse(path.read_text())):
                 call = node.exc if isinstance(node, ast.Raise) else node
                 if not isinstance(call, ast.Call) or not call.args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from avmp_vllm.doctor import installation
-from avmp_vllm.engine.config import SELECTED
+from avmp_vllm.engine.entry.config import SELECTED
 
 
 @pytest.fixture(autouse=True)

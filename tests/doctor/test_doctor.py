@@ -12,7 +12,7 @@ import pytest
 
 from avmp_vllm.doctor.check import Check, refusal_of
 from avmp_vllm.doctor.serve_line import check_serve_line
-from avmp_vllm.engine.options import REFUSALS
+from avmp_vllm.engine.entry.options import REFUSALS
 from avmp_vllm.models import tiny_hybrids
 from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 
@@ -166,7 +166,7 @@ def test_what_fits_is_what_the_engine_logs(tiny_jamba, monkeypatch):
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM
 
-    from avmp_vllm.engine import capacity
+    from avmp_vllm.engine.layout import capacity
 
     llm = LLM(
         tiny_jamba,

@@ -27,7 +27,7 @@ from vllm.platforms import current_platform
 from vllm.plugins import load_general_plugins
 from vllm.v1.attention.backends.utils import compute_causal_conv1d_metadata
 
-from avmp_vllm.engine import cpu_scan
+from avmp_vllm.engine.cpu import scan as cpu_scan
 
 _OPS = "vllm.model_executor.layers.mamba.ops."
 

@@ -23,8 +23,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.plugins import load_general_plugins
 
 from avmp_vllm.demo.server import free_port
-from avmp_vllm.engine import last_line
-from avmp_vllm.engine.config import SELECTED
+from avmp_vllm.engine.entry import last_line
+from avmp_vllm.engine.entry.config import SELECTED
 from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 
 FLAG = ("--block-manager", "avmp")

@@ -13,10 +13,10 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from avmp_vllm.core.keeper import ANSWER_TOKENS, CUT_TOKENS
-from avmp_vllm.engine import last_line
-from avmp_vllm.engine.config import AVMPConfig, ConfigError, selected
-from avmp_vllm.engine.options import REFUSALS, refuse
-from avmp_vllm.engine.selection import ASYNC_SCHEDULER, SCHEDULER, take_charge
+from avmp_vllm.engine.entry import last_line
+from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError, selected
+from avmp_vllm.engine.entry.options import REFUSALS, refuse
+from avmp_vllm.engine.entry.selection import ASYNC_SCHEDULER, SCHEDULER, take_charge
 
 
 def _parse(*words: str) -> EngineArgs:

@@ -18,8 +18,8 @@ from numba import njit
 from transformers import AutoModelForCausalLM
 from vllm import SamplingParams
 
-from avmp_vllm.engine import cpu_mamba
-from avmp_vllm.engine.cpu_scan import exp32, selective_scan
+from avmp_vllm.engine.cpu import mamba as cpu_mamba
+from avmp_vllm.engine.cpu.scan import exp32, selective_scan
 from avmp_vllm.models.tiny_hybrids import write_tiny_nemotron_h
 
 # --- the scan ---------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_register_is_idempotent_and_for_the_cpu_only():
     code = (
         "from vllm.platforms import current_platform\n"
         "from vllm.model_executor.custom_op import op_registry_oot as layers\n"
-        "from avmp_vllm.engine.cpu_mamba import register\n"
+        "from avmp_vllm.engine.cpu.mamba import register\n"
         "current_platform.is_cpu = lambda: False\n"
         "register(); assert not layers, layers\n"
         "del current_platform.is_cpu\n"

@@ -23,7 +23,7 @@ from enginelib import (
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import TorchBuffer
 from avmp_vllm.core import Kind, MovePlan
-from avmp_vllm.engine.plans import PlanApplier
+from avmp_vllm.engine.worker.plans import PlanApplier
 
 #: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
 TIGHT = 1_600_000

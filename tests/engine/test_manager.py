@@ -31,8 +31,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.core import AllocationFailure, ArenaTooSmall, Kind
-from avmp_vllm.engine.layout import arena_config, blocks_per_request, group_of
-from avmp_vllm.engine.scheduler import PLAN, AVMPAsyncScheduler, AVMPScheduler
+from avmp_vllm.engine.layout.arena import arena_config
+from avmp_vllm.engine.layout.groups import group_of
+from avmp_vllm.engine.layout.limits import blocks_per_request
+from avmp_vllm.engine.layout.message import PLAN
+from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
 PAGE_TOKENS = 32

@@ -9,7 +9,7 @@ from enginelib import engine, scheduler_of
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from avmp_vllm.cli import main
-from avmp_vllm.engine.capacity import describe
+from avmp_vllm.engine.layout.capacity import describe
 from avmp_vllm.models.shapes import read_shape
 from avmp_vllm.planner.command import make_plan, parse_bytes, parse_lengths
 

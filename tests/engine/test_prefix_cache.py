@@ -10,7 +10,7 @@ from vllm import SamplingParams
 
 from avmp_vllm.core import Kind
 from avmp_vllm.core.keeper import Origin
-from avmp_vllm.engine.state_manager import StateManager
+from avmp_vllm.engine.scheduler.state_manager import StateManager
 
 
 def _answer(llm, prompt, max_tokens=8):

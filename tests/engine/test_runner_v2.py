@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from enginelib import branching_prompts, engine, greedy, stock_answers
 
-from avmp_vllm.engine.config import SELECTED
+from avmp_vllm.engine.entry.config import SELECTED
 from avmp_vllm.models.tiny_hybrids import write_tiny_granite_hybrid
 from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 

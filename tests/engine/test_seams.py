@@ -10,9 +10,14 @@ import sys
 import pytest
 
 from avmp_vllm.doctor.drift import OVERRIDDEN, all_seams, drift, find
-from avmp_vllm.engine import seams
-from avmp_vllm.engine.config import SELECTED, ConfigError
-from avmp_vllm.engine.selection import ASYNC_SCHEDULER, SCHEDULER, WORKERS, require_supported_vllm
+from avmp_vllm.engine.entry import seams
+from avmp_vllm.engine.entry.config import SELECTED, ConfigError
+from avmp_vllm.engine.entry.selection import (
+    ASYNC_SCHEDULER,
+    SCHEDULER,
+    WORKERS,
+    require_supported_vllm,
+)
 
 
 @pytest.mark.parametrize("seam", all_seams(), ids=lambda seam: seam.path)
@@ -46,7 +51,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128,
           kv_cache_memory_bytes=8 << 20, additional_config={"block_manager": "default"})
 llm.generate([{"prompt_token_ids": [20, 21, 22]}], SamplingParams(max_tokens=2), use_tqdm=False)
-from avmp_vllm.engine import seams
+from avmp_vllm.engine.entry import seams
 assert all(seams.is_installed(seam) for seam in seams.SELECTION)
 assert not any(seams.is_installed(seam) for seam in seams.ENGINE)
 core = llm.llm_engine.engine_core.engine_core

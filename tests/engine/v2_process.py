@@ -41,9 +41,9 @@ from vllm.v1.worker import mamba_utils
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
-from avmp_vllm.engine.block_pool import AVMPBlockPool
-from avmp_vllm.engine.plans import bytes_behind
-from avmp_vllm.engine.state_pool import StatePool
+from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+from avmp_vllm.engine.scheduler.state_pool import StatePool
+from avmp_vllm.engine.worker.plans import bytes_behind
 
 # Fewer and larger programs: one costs the interpreter as much as it has steps, however wide they
 # are. Programs of a state in the copies of prefix caching; state elements of a program of AVMP's.
@@ -178,10 +178,10 @@ def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[
 def without_rows() -> Any:
     """Leave the physical SSM blocks by request slot as they are, null."""
     # vLLM's CPU worker replaces what the CPU lacks, so it comes before the runner's modules.
-    import avmp_vllm.engine.worker  # noqa: F401
+    import avmp_vllm.engine.worker.cpu  # noqa: F401
 
     # isort: split
-    from avmp_vllm.engine.v2_block_tables import ArenaBlockTables
+    from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
 
     made = ArenaBlockTables.__init__
 
@@ -306,7 +306,7 @@ def graph_profiling(model: str) -> dict[str, Any]:
 def corrupted(model: str) -> dict[str, Any]:
     """Under verification: bad handles and page-table entries, and what the check says of each."""
     from avmp_vllm.core import SSM_TAG, InvariantViolation, Kind
-    from avmp_vllm.engine.v2_check import BatchCheck
+    from avmp_vllm.engine.worker.v2.check import BatchCheck
 
     said: dict[str, str] = {}
     steps = good_steps = 0
@@ -372,7 +372,7 @@ def corrupted(model: str) -> dict[str, Any]:
 def unchecked(model: str, kernels: str) -> dict[str, Any]:
     """Without verification: one request's first handles name no page; the others do not notice."""
     from avmp_vllm.core import SSM_TAG, Kind
-    from avmp_vllm.engine.v2_block_tables import ArenaBlockTables
+    from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
 
     given: set[int] = set()
     damaged = 0
@@ -437,7 +437,7 @@ def refused_layers(model: str) -> dict[str, str]:
     """What no option of vLLM leads to, tried on a model's layers at the last check of a start."""
     from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 
-    from avmp_vllm.engine import handle_kernels
+    from avmp_vllm.engine.handles import selection as handle_kernels
 
     with engine(model, avmp={"kernels": "handles"}) as llm:
         runner = runner_of(llm)

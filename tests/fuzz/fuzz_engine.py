@@ -28,8 +28,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.core.capacity import stock_block_tokens
-from avmp_vllm.engine.layout import arena_config, fit_model_len
-from avmp_vllm.engine.scheduler import AVMPAsyncScheduler, AVMPScheduler
+from avmp_vllm.engine.layout.arena import arena_config
+from avmp_vllm.engine.layout.limits import fit_model_len
+from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
 PAGE_TOKENS = 16

@@ -21,8 +21,9 @@ from vllm.v1.outputs import ModelRunnerOutput
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.core import Kind, MovePlan
-from avmp_vllm.engine.layout import AVMPCacheConfig, kind_of_spec
-from avmp_vllm.engine.scheduler import PLAN
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import kind_of_spec
+from avmp_vllm.engine.layout.message import PLAN
 
 #: Token ids are 1 to this; a small number, so that prompts and answers often meet.
 VOCABULARY = 7

@@ -17,12 +17,12 @@ from fuzz_worker import SimulatedWorker, WrongContent
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from avmp_vllm.core import InvariantViolation
-from avmp_vllm.engine.block_pool import AVMPBlockPool
-from avmp_vllm.engine.manager import AVMPBlockSpaceManager
-from avmp_vllm.engine.scheduler import MovePlanMixin
-from avmp_vllm.engine.sessions import StreamingSessions
-from avmp_vllm.engine.state_manager import StateManager
-from avmp_vllm.engine.state_pool import StatePool
+from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
+from avmp_vllm.engine.scheduler.scheduler import MovePlanMixin
+from avmp_vllm.engine.scheduler.sessions import StreamingSessions
+from avmp_vllm.engine.scheduler.state_manager import StateManager
+from avmp_vllm.engine.scheduler.state_pool import StatePool
 
 #: Streams of one test.
 BATCH = 20

@@ -17,6 +17,15 @@ FLOORS = {
     "kernels": ("kernels", {"avmp_kernels", "torch", "triton"}),
     "backing": ("avmp_vllm/backing", {"avmp_vllm.core", "avmp_kernels", "numpy", "torch"}),
 }
+#: Of each floor of the engine: the others that it may import. ``entry`` reaches them by name.
+ENGINE = {
+    "entry": {"cpu", "handles"},
+    "layout": {"entry"},
+    "scheduler": {"entry", "layout"},
+    "worker": {"entry", "layout", "handles"},
+    "handles": {"entry", "layout"},
+    "cpu": {"entry"},
+}
 
 
 def imported(source: str) -> Iterator[str]:
@@ -33,6 +42,17 @@ def imported(source: str) -> Iterator[str]:
         for name in names:
             parts = name.split(".")
             yield ".".join(parts[:2]) if parts[0] == "avmp_vllm" else parts[0]
+
+
+def engine_floors(source: str) -> set[str]:
+    """Floors of the engine that a file imports, anywhere in it."""
+    modules: list[str] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules += [f"{node.module}.{alias.name}" for alias in node.names]
+    return {name.split(".")[2] for name in modules if name.startswith("avmp_vllm.engine.")}
 
 
 def of(folder: str) -> dict[str, set[str]]:
@@ -59,6 +79,25 @@ def test_the_engine_imports_no_tool():
         assert not names & {f"avmp_vllm.{tool}" for tool in TOOLS}, file
 
 
+@pytest.mark.parametrize("floor", ENGINE)
+def test_the_engines_floors_know_each_other_by_the_layout(floor):
+    """Scheduler and workers are different processes: neither imports the other."""
+    for path in sorted((ROOT / "avmp_vllm/engine" / floor).rglob("*.py")):
+        assert engine_floors(path.read_text()) <= {floor, *ENGINE[floor]}, path
+
+
+def test_every_floor_of_the_engine_is_known_here():
+    folders = {path.parent.name for path in (ROOT / "avmp_vllm/engine").glob("*/__init__.py")}
+    assert folders == set(ENGINE)
+    files = {path.name for path in (ROOT / "avmp_vllm/engine").glob("*.py")}
+    assert files == {"__init__.py"}, "a file belongs to a floor"
+
+
+def test_no_file_of_the_engine_is_long():
+    for path in (ROOT / "avmp_vllm/engine").rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+
+
 def test_every_folder_is_known_here():
     """A new one is put on a floor, or among the tools."""
     folders = {path.parent.name for path in (ROOT / "avmp_vllm").glob("*/__init__.py")}
@@ -70,3 +109,6 @@ def test_control_what_the_walk_sees():
     source = "import os, vllm.config\ndef f():\n    from avmp_vllm.engine import seams\n"
     assert set(imported(source)) == {"os", "vllm", "avmp_vllm.engine"}
     assert set(imported("from avmp_vllm import core")) == {"avmp_vllm.core"}
+    source = "def f():\n    from avmp_vllm.engine.worker.plans import PlanApplier\n"
+    assert engine_floors(source) == {"worker"}
+    assert engine_floors("from avmp_vllm.engine import worker") == {"worker"}

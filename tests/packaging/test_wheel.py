@@ -253,4 +253,4 @@ def test_vllm_will_find_the_plugin(clean, tmp_path):
         "    print(point.name, point.value, find_spec(point.module) is not None)"
     )
     printed = run(clean / "python", "-I", "-c", code, cwd=tmp_path)
-    assert printed.strip() == "avmp avmp_vllm.engine.plugin:register True"
+    assert printed.strip() == "avmp avmp_vllm.engine.entry.plugin:register True"

@@ -25,15 +25,12 @@ from vllm.v1.structured_output import StructuredOutputManager
 from avmp_vllm.bench.scheduler.static_arena import StaticArena
 from avmp_vllm.core import Arena, Geometry, Kind
 from avmp_vllm.core.capacity import StaticSplit, stock_block_tokens
-from avmp_vllm.engine.coordinator import DualPoolCoordinator
-from avmp_vllm.engine.layout import (
-    CHECKPOINT_TOKENS,
-    arena_config,
-    blocks_per_request,
-    fit_model_len,
-    group_of,
-)
-from avmp_vllm.engine.scheduler import AVMPAsyncScheduler, AVMPScheduler
+from avmp_vllm.engine.layout.arena import arena_config
+from avmp_vllm.engine.layout.groups import group_of
+from avmp_vllm.engine.layout.limits import blocks_per_request, fit_model_len
+from avmp_vllm.engine.layout.pages import CHECKPOINT_TOKENS
+from avmp_vllm.engine.scheduler.coordinator import DualPoolCoordinator
+from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.shapes import ModelShape
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 

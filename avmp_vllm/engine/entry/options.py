@@ -1,0 +1,140 @@
+"""vLLM options that AVMP refuses, because handles or bands would be wrong under them.
+
+A user who asks for AVMP and cannot have it learns so at start-up; nothing falls back in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from avmp_vllm.engine.entry.config import ConfigError, selected
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class Refusal(NamedTuple):
+    """An option, when it stands in the way, its value, and why."""
+
+    option: str
+    value: Callable[[VllmConfig], object]
+    stands: Callable[[object], bool]
+    why: str
+
+
+def _given(value: object) -> bool:
+    return value is not None
+
+
+def _true(value: object) -> bool:
+    return bool(value)
+
+
+def _parallel(value: object) -> bool:
+    return isinstance(value, int) and value > 1
+
+
+REFUSALS = (
+    Refusal(
+        "--kv-transfer-config",
+        lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
+        _given,
+        "KV connectors and P/D transfer address pages by physical number, and AVMP moves pages",
+    ),
+    Refusal(
+        "--kv-offloading-size",
+        lambda c: c.cache_config.kv_offloading_size,
+        _given,
+        "offloading works through a KV connector, which addresses pages by physical number",
+    ),
+    Refusal(
+        "--enable-sleep-mode",
+        lambda c: c.model_config.enable_sleep_mode,
+        _true,
+        "sleeping discards the arena behind the page table's back",
+    ),
+    Refusal(
+        "--decode-context-parallel-size",
+        lambda c: c.parallel_config.decode_context_parallel_size,
+        _parallel,
+        "a KV page would be spread over ranks",
+    ),
+    Refusal(
+        "--prefill-context-parallel-size",
+        lambda c: c.parallel_config.prefill_context_parallel_size,
+        _parallel,
+        "a KV page would be spread over ranks",
+    ),
+    Refusal(
+        "--pipeline-parallel-size",
+        lambda c: c.parallel_config.pipeline_parallel_size,
+        _parallel,
+        "stages have different page sizes, and one arena geometry cannot serve them",
+    ),
+    Refusal(
+        "--speculative-config",
+        lambda c: c.speculative_config and c.speculative_config.method,
+        _given,
+        "speculative decoding (and hidden-state extraction, which uses it) needs state slots for "
+        "draft tokens, and that is not built yet",
+    ),
+    Refusal(
+        "--attention-config.hisparse_config",
+        lambda c: c.attention_config.hisparse_config,
+        _given,
+        "HiSparse keeps pages on the host in a pool of its own",
+    ),
+    Refusal(
+        "--disable-hybrid-kv-cache-manager",
+        lambda c: c.scheduler_config.disable_hybrid_kv_cache_manager,
+        _true,
+        "AVMP is a hybrid cache manager",
+    ),
+    Refusal(
+        "--num-gpu-blocks-override",
+        lambda c: c.cache_config.num_gpu_blocks_override,
+        _given,
+        "an arena has pages of two sizes; give its bytes with --kv-cache-memory-bytes",
+    ),
+    Refusal(
+        "--use-replayssm",
+        lambda c: c.cache_config.use_replayssm,
+        _true,
+        "FlashInfer's variant keeps each state's place in its ring of inputs in tables beside the "
+        "cache, by physical slot, and AVMP moves states without them; Triton's, all of whose "
+        "buffers lie in the state's block, has not been tried",
+    ),
+)
+
+
+def refuse(vllm_config: VllmConfig) -> None:
+    """Refuse what AVMP cannot serve.
+
+    Raises:
+        ConfigError: Naming the option, its value and the way out.
+    """
+    for refusal in REFUSALS:
+        value = refusal.value(vllm_config)
+        if refusal.stands(value):
+            raise ConfigError(
+                f"{refusal.option} = {value} does not work with --block-manager avmp: "
+                f"{refusal.why}. Remove it, or use --block-manager default."
+            )
+    config = selected(vllm_config.additional_config)
+    if config is not None and config.kernels == "handles" and not vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            "kernels = 'handles' needs Model Runner V2, which runs on CUDA: set kernels to "
+            "'resolved', or unset VLLM_USE_V2_MODEL_RUNNER if it is 0"
+        )
+    model = vllm_config.model_config
+    if model.is_attention_free:
+        raise ConfigError(
+            f"{model.model} has no attention layers: AVMP manages models that mix attention and "
+            "SSM layers; serve it with --block-manager default"
+        )
+    if not model.is_hybrid:
+        raise ConfigError(
+            f"{model.model} has no SSM layers: AVMP manages models that mix attention and SSM "
+            "layers; serve it with --block-manager default"
+        )

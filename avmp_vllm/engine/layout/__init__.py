@@ -1,0 +1,11 @@
+"""What both sides of the engine agree on before the first step.
+
+======== ===========================================================================
+pages    tokens of a KV page, and between two checkpoints of a state
+groups   which pool a layer's cache belongs to
+arena    groups and tensors of an arena
+limits   what it must hold at least, and how many requests it holds at most
+capacity what fits, printed at start-up
+message  how a step's move plan travels
+======== ===========================================================================
+"""

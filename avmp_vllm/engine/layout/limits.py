@@ -1,0 +1,71 @@
+"""What the arena must hold at least, and how many requests it can hold at most."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import MambaSpec
+
+from avmp_vllm.core import Geometry, Kind
+from avmp_vllm.engine.layout.groups import group_of
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+
+logger = init_logger("vllm." + __name__)
+
+
+def blocks_per_request(spec: MambaSpec, steps: int) -> int:
+    """Most SSM blocks that one request must be able to hold at a time.
+
+    With prefix caching, a running state moves to another block with its chunks. So a request holds
+    the state of the last step that is known to have run, that of each step in flight with the one
+    that it saves inside of its chunk, and that of the step being scheduled. One that begins at a
+    cached state holds that, its private copy, and its own.
+
+    Args:
+        spec: Of the SSM layers.
+        steps: That may be in flight at once, the one being scheduled included.
+    """
+    if spec.mamba_cache_mode != "align":
+        return 1
+    return max(3, 2 + (steps - 1) * (1 + spec.num_prefill_checkpoint_blocks))
+
+
+def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> None:
+    """Check that a request of the longest length fits, or with ``-1`` find that length.
+
+    Raises:
+        ArenaTooSmall: With the numbers and what to change.
+    """
+    model, geometry = vllm_config.model_config, kv_cache_config.geometry
+    assert geometry is not None
+    blocks = blocks_per_request(
+        group_of(kv_cache_config, Kind.SSM).kv_cache_spec, vllm_config.max_concurrent_batches
+    )
+    if model.original_max_model_len == -1:
+        fixed = (geometry.null_blocks + blocks) * geometry.block_bytes
+        room = geometry.pages * geometry.page_bytes - fixed
+        longest = max(room, 0) // geometry.page_bytes * geometry.page_tokens
+        if 0 < longest < model.max_model_len:
+            logger.info("AVMP: max_model_len reduced to %d, which the arena holds", longest)
+            model.max_model_len = longest
+    geometry.require_one_request(model.max_model_len, blocks)
+
+
+def clamp_sequences(vllm_config: VllmConfig, geometry: Geometry) -> None:
+    """Lower ``max_num_seqs`` to what the arena can hold at one page each."""
+    scheduler = vllm_config.scheduler_config
+    fit = max(geometry.sequences(1), 1)
+    if scheduler.max_num_seqs > fit:
+        logger.warning(
+            "AVMP: --max-num-seqs %d lowered to %d, the sequences of one page that the arena of "
+            "%d bytes holds; give it more bytes with --kv-cache-memory-bytes to run more",
+            scheduler.max_num_seqs,
+            fit,
+            geometry.arena_bytes,
+        )
+        scheduler.max_num_seqs = fit

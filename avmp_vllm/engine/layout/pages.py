@@ -1,0 +1,93 @@
+"""Tokens of a KV page, and between two checkpoints of a state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.attention.backend import MultipleOf
+
+from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry import last_line
+from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError, selected
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, VllmConfig
+    from vllm.v1.attention.backend import AttentionBackend
+
+#: Default spacing of state checkpoints, in tokens, before rounding up to whole pages.
+CHECKPOINT_TOKENS = 512
+
+
+def align_hybrid_block_size(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``Platform._align_hybrid_block_size``: keep both kinds of page at their exact size."""
+
+    @last_line.left_by(ConfigError)
+    def wrapper(cls: type, vllm_config: VllmConfig, backend_cls: type[AttentionBackend]) -> None:
+        config = selected(vllm_config.additional_config)
+        if config is None:
+            return stock(cls, vllm_config, backend_cls)
+        cache = vllm_config.cache_config
+        cache.block_size = page_tokens(config, cache, backend_cls)
+        cache.mamba_page_size_padded = None
+        if cache.mamba_cache_mode == "align":
+            cache.mamba_block_size = checkpoint_tokens(config, cache)
+        return None
+
+    return wrapper
+
+
+def page_tokens(config: AVMPConfig, cache: CacheConfig, backend_cls: type[AttentionBackend]) -> int:
+    """Tokens of a KV page: what the user asks for, else the least that the backend takes.
+
+    Raises:
+        ConfigError: The backend does not take pages of that size.
+    """
+    least = min(
+        size.base if isinstance(size, MultipleOf) else size
+        for size in backend_cls.get_supported_kernel_block_sizes()
+    )
+    least = max(least, 16)
+    if config.page_tokens is not None:
+        option, value = "page_tokens", config.page_tokens
+    elif cache.user_specified_block_size:
+        option, value = "--block-size", cache.block_size
+    else:
+        return least
+    if not backend_cls.supports_block_size(value) or value % least:
+        nearest = ceil_div(value, least) * least
+        while not backend_cls.supports_block_size(nearest):
+            nearest += least
+        resolved = ", set kernels to 'resolved'" if config.kernels == "handles" else ""
+        raise ConfigError(
+            f"{option} = {value}: {backend_cls.get_name()} takes pages of a multiple of {least} "
+            f"tokens; choose {nearest}{resolved}, or leave the option out"
+        )
+    return value
+
+
+def checkpoint_tokens(config: AVMPConfig, cache: CacheConfig) -> int:
+    """Tokens between two state checkpoints.
+
+    Raises:
+        ConfigError: Not a multiple of the page, or the page itself.
+    """
+    page = cache.block_size
+    if config.checkpoint_tokens is not None:
+        option, value = "checkpoint_tokens", config.checkpoint_tokens
+    elif cache.mamba_block_size not in (None, *_stock_block_sizes(cache)):
+        option, value = "--mamba-block-size", cache.mamba_block_size
+    else:
+        return max(ceil_div(CHECKPOINT_TOKENS, page), 2) * page
+    if value % page or value == page:
+        raise ConfigError(
+            f"{option} = {value}: a state checkpoint must be a multiple of the page's {page} "
+            f"tokens, and more than one page, or every {page} decoded tokens would keep a whole "
+            f"state; {max(ceil_div(value, page), 2) * page} is the next that works"
+        )
+    return value
+
+
+def _stock_block_sizes(cache: CacheConfig) -> tuple[int, ...]:
+    """What vLLM fills into ``mamba_block_size`` by itself: a block size of its own defaults."""
+    return (cache.block_size, type(cache).DEFAULT_BLOCK_SIZE, 128)

@@ -1,0 +1,14 @@
+"""The scheduler's side, in the engine core: vLLM's classes over one arena.
+
+============= ======================================================================
+scheduler     the schedulers, which send each step's move plan
+sessions      streaming sessions, which may have to start over
+manager       ``AVMPBlockSpaceManager``, vLLM's ``KVCacheManager``
+coordinator   vLLM's ``KVCacheCoordinator`` over both pools
+block_pool    vLLM's ``BlockPool`` over one pool of the arena
+state_pool    the pool of states, each published at its own position only
+state_manager vLLM's ``MambaManager``, which says where each state stands
+checkpoints   which states a running engine makes and keeps
+metrics       Prometheus metrics and the log line
+============= ======================================================================
+"""

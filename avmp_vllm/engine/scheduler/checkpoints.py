@@ -1,0 +1,337 @@
+"""Which states a running engine makes and keeps: the core's keeper over vLLM's requests and blocks.
+
+The keeper knows prefixes, tokens and bytes. This knows which blocks hold them, where each running
+request stands in the tree, and where its prefill has to stop so that a state can be kept there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from avmp_vllm.core import ID_MASK, Arena, Kind
+from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.core.keeper import Origin, Record, StateKeeper, Stops
+from avmp_vllm.core.prefix_tree import Node
+
+if TYPE_CHECKING:
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock
+    from vllm.v1.request import Request
+
+    from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+
+
+@dataclass
+class Visit:
+    """A running request's way through the tree.
+
+    Attributes:
+        node: The prefix that it builds upon.
+        stops: States that it is to make, by their position.
+        prompt: Tokens of its prompt.
+        turns: States before its own in its conversation.
+        found: The record of the state that it began with.
+        answer: The state that moves on with its answer.
+    """
+
+    node: Node
+    stops: dict[int, Origin]
+    prompt: int
+    turns: int
+    found: Record | None = None
+    answer: Node | None = None
+
+
+@dataclass(frozen=True)
+class Intent:
+    """What a request that waits would do with its prompt; nothing is changed by it.
+
+    Attributes:
+        stops: States that pay and that do not; these are remembered, so that misses teach.
+        turns: States before its own in its conversation.
+        deepest: The longest prefix of a known state, kept or gone.
+    """
+
+    stops: Stops
+    turns: int
+    deepest: Record | None
+
+
+class Checkpoints:
+    """States and what they keep.
+
+    Args:
+        arena: The allocator, which asks here what goes next.
+        pools: By kind.
+        page_tokens: Of a KV page, which is what hashes are made of.
+        cut_tokens: As in ``StateKeeper``.
+        answer_tokens: A running answer's state moves on every so many tokens, rounded up to whole
+            pages; 0 keeps none.
+
+    Attributes:
+        arena: As above.
+        keeper: What decides.
+        nodes: By the block of their state.
+        pages: KV pages that a kept state needs.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        pools: dict[Kind, AVMPBlockPool],
+        page_tokens: int,
+        cut_tokens: int,
+        answer_tokens: int,
+    ) -> None:
+        geometry = arena.geometry
+        self.keeper = StateKeeper(
+            geometry.page_bytes, geometry.block_bytes, page_tokens, cut_tokens
+        )
+        self.nodes: dict[int, Node] = {}
+        self.pages: set[int] = set()
+        self.arena = arena
+        self._pools = pools
+        self._page_tokens = page_tokens
+        # Prefixes end at pages.
+        self._answer_tokens = ceil_div(answer_tokens, page_tokens) * page_tokens
+        self._intents: dict[str, tuple[Request, Intent]] = {}
+        self._visits: dict[str, Visit] = {}
+
+    # -- a request's way ---------------------------------------------------------------------------
+
+    def intend(self, request: Request, hit: int, inside: int) -> None:
+        """Decide where the prefill of a request that waits should stop.
+
+        Nothing else changes: whether there is room for it is not known yet.
+
+        Args:
+            request: The request.
+            hit: Tokens of its prefix hit, or of what it holds already.
+            inside: Position of a state that the layers save without a stop; 0 if there is none.
+        """
+        intent = self._intent(request, hit, inside)
+        visit = self._visits.get(request.request_id)
+        if visit is None:
+            self._intents[request.request_id] = request, intent
+        else:  # a session's next input
+            visit.prompt = request.num_prompt_tokens
+            visit.stops = dict(intent.stops.made)
+
+    def expect(self, request: Request) -> None:
+        """A request is about to get blocks; if nothing was decided about it, it keeps no state."""
+        name = request.request_id
+        if name not in self._visits and name not in self._intents:
+            self._intents[name] = request, Intent(Stops({}, {}), 0, None)
+
+    def _intent(self, request: Request, hit: int, inside: int) -> Intent:
+        deepest = self._deepest(request, hit)
+        turns = 0 if deepest is None else deepest.next_turns
+        stops = self.keeper.stops(
+            request.num_prompt_tokens, hit, request.shared_prefix_boundary, turns, inside
+        )
+        return Intent(stops, turns, deepest)
+
+    def _deepest(self, request: Request, hit: int) -> Record | None:
+        """The record of the longest prefix whose state is known, kept or gone."""
+        page, hashes, keeper = self._page_tokens, request.block_hashes, self.keeper
+        longest = min((request.num_prompt_tokens - 1) // page, len(hashes))
+        for index in range(longest - 1, hit // page - 1, -1):
+            record = keeper.gone(hashes[index])
+            if record is not None:
+                return record
+        return None
+
+    def begin(self, request_id: str, state: KVCacheBlock | None) -> None:
+        """A request that waited runs, if it does not already.
+
+        Args:
+            request_id: Whose intent is carried out.
+            state: The block that it resumes from, None if it begins at its first token.
+        """
+        if request_id in self._visits:
+            return
+        request, intent = self._intents.pop(request_id)
+        keeper = self.keeper
+        node = keeper.tree.root
+        if state is not None:
+            node = self.nodes.get(state.block_id, node)
+        found: Record | None = node.note
+        turns = intent.turns
+        if intent.deepest is None and found is not None:
+            turns = found.next_turns
+        visit = Visit(node, dict(intent.stops.made), request.num_prompt_tokens, turns, found)
+        self._visits[request.request_id] = visit
+        if not request.num_preemptions:
+            keeper.tick()
+            if intent.deepest is not None:
+                keeper.used(intent.deepest)
+            if found is not None:
+                keeper.used(found)
+            hashes, page = request.block_hashes, self._page_tokens
+            for position, origin in intent.stops.refused.items():
+                keeper.record(hashes[position // page - 1], origin, turns)
+        keeper.step_on(node)
+
+    def leave(self, request_id: str) -> None:
+        """A request's blocks go: it has ended, or begins anew later."""
+        self._intents.pop(request_id, None)
+        visit = self._visits.pop(request_id, None)
+        if visit is not None:
+            self._drop(self.keeper.step_off(visit.node))
+
+    def next_stop(self, request_id: str, start: int, end: int) -> int:
+        """The first position inside of a request's chunk at which it is to stop, or 0."""
+        visit = self._visits.get(request_id)
+        stops = visit.stops if visit is not None else self._intents[request_id][1].stops.made
+        return min((stop for stop in stops if start < stop < end), default=0)
+
+    def wants(self, request_id: str, position: int) -> bool:
+        """Whether a request's state at a position is to be kept."""
+        visit = self._visits.get(request_id)
+        return visit is not None and position in visit.stops
+
+    def answer_due(self, request_id: str, position: int) -> bool:
+        """Whether a running answer's state is to be copied, now that it stands at a position."""
+        visit, every = self._visits.get(request_id), self._answer_tokens
+        if visit is None or not every or position % every or position <= visit.prompt:
+            return False
+        if position <= visit.node.position:
+            return False
+        if visit.answer is not None and visit.answer.state is not None:
+            return True
+        spared = position - visit.node.position
+        return self.keeper.pays(Origin.ANSWER, visit.turns, spared, cuts=False)
+
+    # -- states ------------------------------------------------------------------------------------
+
+    def published(
+        self, request: Request, state: KVCacheBlock, position: int, pages: Sequence[KVCacheBlock]
+    ) -> None:
+        """A request's state has been entered into the prefix cache.
+
+        Args:
+            request: The request.
+            state: The block with the state.
+            position: Where it stands.
+            pages: The request's KV pages, all of them.
+        """
+        visit = self._visits.get(request.request_id)
+        if visit is None or position <= visit.node.position:
+            return
+        keeper, page = self.keeper, self._page_tokens
+        origin = visit.stops.pop(position, Origin.ANSWER)
+        record = keeper.record(request.block_hashes[position // page - 1], origin, visit.turns)
+        below = visit.node
+        own = [block.block_id for block in pages[below.position // page : position // page]]
+        node = keeper.tree.add(below, position, own, state.block_id)
+        visit.node = node
+        self.nodes[state.block_id] = node
+        self.pages.update(own)
+        keeper.keep(record, node)
+        keeper.step_on(node)
+        if origin is Origin.ANSWER:
+            before, visit.answer = visit.answer, node
+            if before is not None and before.state is not None:
+                self._withdraw(before)
+        self._drop(keeper.step_off(below))
+        if visit.found is not None:
+            keeper.went_on(visit.found)
+
+    def _withdraw(self, node: Node) -> None:
+        """Take a state out of the cache whose request has moved it on."""
+        assert node.state is not None
+        pool = self._pools[Kind.SSM]
+        block = pool.blocks[node.state & ID_MASK]
+        del self.nodes[node.state]
+        self._drop(self.keeper.give_up(node, for_room=False, moved=True))
+        pool._maybe_evict_cached_block(block)
+        if self.arena.is_cached(block.block_id):
+            self.arena.drop(block.block_id)
+
+    def pages_of(self, state: int) -> list[int] | None:
+        """The KV pages of a kept state's prefix, None for a state that is not kept."""
+        node: Node | None = self.nodes.get(state)
+        if node is None:
+            return None
+        parts = []
+        while node is not None:
+            parts.append(node.pages)
+            node = node.parent
+        return [page for part in reversed(parts) for page in part]
+
+    def renamed(self, old: int, new: int) -> None:
+        """A state has moved to another block."""
+        node = self.nodes.pop(old, None)
+        if node is not None:
+            node.state = new
+            self.nodes[new] = node
+
+    def unpublished(self, state: int) -> None:
+        """A state has been taken out of the prefix cache."""
+        node = self.nodes.pop(state, None)
+        if node is not None:
+            self._drop(self.keeper.give_up(node, for_room=False))
+
+    def states_with(self, pages: set[int]) -> set[int]:
+        """Kept states that need any of these KV pages."""
+        found: set[int] = set()
+        ahead = [node for node in self.keeper.tree.nodes() if pages.intersection(node.pages)]
+        while ahead:
+            node = ahead.pop()
+            ahead.extend(node.children)
+            if node.state is not None:
+                found.add(node.state)
+        return found
+
+    def choose(self) -> list[int]:
+        """Give the least of the kept prefixes up; the cached blocks that go with it."""
+        while True:
+            node = self.keeper.victim()
+            if node is None:
+                return []
+            assert node.state is not None
+            del self.nodes[node.state]
+            state = node.state
+            pages = self.keeper.give_up(node)
+            self.pages.difference_update(pages)
+            if not self.arena.is_cached(state):
+                # In use, so its block stays; but nobody is to resume from what is kept no more.
+                self._pools[Kind.SSM].evict((state,))
+            cached = [block for block in (state, *pages) if self.arena.is_cached(block)]
+            if cached:
+                return cached
+
+    def _drop(self, pages: Sequence[int]) -> None:
+        """Let go of pages that no state needs any more."""
+        if not pages:
+            return
+        self.pages.difference_update(pages)
+        cached = [page for page in pages if self.arena.is_cached(page)]
+        self._pools[Kind.KV].evict(cached)
+        for page in cached:
+            self.arena.drop(page)
+
+    def clear(self) -> None:
+        """Forget what is kept; nothing is in use."""
+        for node in list(self.nodes.values()):
+            self.keeper.give_up(node, for_room=False, moved=True)
+        self.nodes.clear()
+        self.pages.clear()
+
+    def problems(self) -> list[str]:
+        """What does not add up: orphans of either kind, and mistakes of the tree."""
+        found = self.keeper.tree.problems()
+        arena = self.arena
+        for kind, kept in ((Kind.KV, self.pages), (Kind.SSM, self.nodes)):
+            pool = self._pools[kind]
+            orphans = [block for block in arena.cached_handles(kind) if block not in kept]
+            if orphans:
+                found.append(f"{kind.label}: {orphans[:5]} are cached, and no state needs them")
+            lost = [block for block in kept if pool.blocks[block & ID_MASK].block_hash is None]
+            if lost:
+                found.append(f"{kind.label}: {lost[:5]} are needed, and cannot be found")
+        owned = [page for node in self.keeper.tree.nodes() for page in node.pages]
+        if len(owned) != len(self.pages) or set(owned) != self.pages:
+            found.append(f"{len(owned)} pages in the tree, {len(self.pages)} needed")
+        return found

@@ -1,0 +1,266 @@
+"""vLLM's cache coordinator over the two pools of an arena.
+
+vLLM's single-type managers keep the logic of prefix caching; the coordinator gives each of them the
+pool of its kind, and answers the one question that needs both pools at once: whether a request's
+pages and states fit together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_events import AllBlocksCleared
+from vllm.logger import init_logger
+from vllm.v1.core.kv_cache_coordinator import (
+    HybridKVCacheCoordinator,
+    KVCacheCoordinator,
+    KVCacheCoordinatorNoPrefixCache,
+)
+
+from avmp_vllm.core import Arena, Kind, kind_of
+from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry.config import AVMPConfig
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import kind_of_spec
+from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+from avmp_vllm.engine.scheduler.checkpoints import Checkpoints
+from avmp_vllm.engine.scheduler.state_manager import ROLE, StateManager
+from avmp_vllm.engine.scheduler.state_pool import StatePool
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm." + __name__)
+
+#: Answer to "how many blocks?" when they do not fit, larger than any number of free blocks.
+NOT_NOW = 1 << 62
+#: Class of each kind's pool.
+POOLS: dict[Kind, type[AVMPBlockPool]] = {Kind.KV: AVMPBlockPool, Kind.SSM: StatePool}
+
+
+def without_blocks(kv_cache_config: KVCacheConfig) -> KVCacheConfig:
+    """The same configuration with one block, and with AVMP's manager for states.
+
+    vLLM's constructors make an object for every block. Ours let them run on this and then bring the
+    arena's own pools.
+    """
+    groups = [
+        replace(group, role=ROLE) if kind_of_spec(group.kv_cache_spec) is Kind.SSM else group
+        for group in kv_cache_config.kv_cache_groups
+    ]
+    return replace(kv_cache_config, num_blocks=1, kv_cache_groups=groups)
+
+
+class DualPoolCoordinator(KVCacheCoordinator):
+    """What both coordinators have in common.
+
+    Args:
+        kv_cache_config: The arena's configuration.
+        config: AVMP's options.
+        kwargs: Of vLLM's coordinator.
+
+    Attributes:
+        arena: The allocator.
+        pools: By kind.
+        states: The pool of SSM blocks.
+        checkpoints: What decides which states are kept; None without prefix caching, and where a
+            retention interval is given, which decides instead.
+        kinds: Of each cache group.
+    """
+
+    block_pool: BlockPool
+
+    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+        super().__init__(without_blocks(kv_cache_config), **kwargs)
+        self.kv_cache_config = kv_cache_config
+        assert kv_cache_config.geometry is not None
+        self.arena = Arena(
+            kv_cache_config.geometry, migration_batch=config.migration_batch, on_evict=self._evict
+        )
+        stock = self.block_pool
+        self.pools = {
+            kind: POOLS[kind](
+                self.arena,
+                kind,
+                stock.enable_caching,
+                stock.hash_block_size,
+                stock.enable_kv_cache_events,
+                stock.metrics_collector,
+            )
+            for kind in Kind
+        }
+        self.block_pool = self.pools[Kind.KV]
+        states = self.pools[Kind.SSM]
+        assert isinstance(states, StatePool)
+        self.states = states
+        #: New pages and blocks of the allocation that vLLM has just found to fit.
+        self._next = (0, 0)
+        self.kinds = [kind_of_spec(g.kv_cache_spec) for g in kv_cache_config.kv_cache_groups]
+        for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
+            manager.block_pool = self.pools[kind]
+            manager._null_block = self.pools[kind].null_block
+        self.checkpoints: Checkpoints | None = None
+        if stock.enable_caching and self.retention_interval == 0:
+            self._keep_checkpoints(config)
+
+    def _keep_checkpoints(self, config: AVMPConfig) -> None:
+        """Let the worth of states decide what is kept."""
+        self.checkpoints = Checkpoints(
+            self.arena,
+            self.pools,
+            self.pools[Kind.KV].hash_block_size,
+            config.cut_tokens,
+            config.answer_tokens,
+        )
+        self.arena.choose = self.checkpoints.choose
+        self.pools[Kind.KV].kept = self.checkpoints.pages
+        self.states.kept = self.checkpoints.nodes
+        self.states.checkpoints = self.checkpoints
+        pages, self._held_states = (
+            self.single_type_managers[self.kinds.index(kind)].req_to_blocks for kind in Kind
+        )
+        for manager in self.single_type_managers:
+            if isinstance(manager, StateManager):
+                manager.checkpoints = self.checkpoints
+                manager.pages = pages
+
+    def _evict(self, handles: Sequence[int]) -> None:
+        self.pools[kind_of(handles[0])].evict(handles)
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_encoder_tokens: int,
+        total_computed_tokens: int,
+        num_local_computed_tokens: int,
+        num_tokens_main_model: int,
+        apply_admission_cap: bool = False,
+        prefill_end: int = 0,
+    ) -> int:
+        """Bytes that a request needs beyond what it has, counted in KV pages.
+
+        vLLM compares the answer with the KV pool's free pages, less a reserve that it wants kept.
+        The answer is ``NOT_NOW`` when both pools cannot serve their parts together; otherwise it
+        is never more than what is free, so that rounding refuses nothing that fits.
+        """
+        if self.retention_interval != 0:
+            prefill_end = 0  # as in the parent: dense retention reserves on every chunk
+        if apply_admission_cap:
+            prefill_end = NOT_NOW  # a state saved inside of a chunk can be forgone
+        need = dict.fromkeys(Kind, 0)
+        for manager, kind, computed in zip(
+            self.single_type_managers, self.kinds, new_computed_blocks, strict=True
+        ):
+            need[kind] += manager.get_num_blocks_to_allocate(
+                request_id,
+                num_tokens,
+                computed,
+                total_computed_tokens,
+                num_local_computed_tokens,
+                num_tokens_main_model,
+                apply_admission_cap=apply_admission_cap,
+                prefill_end=prefill_end,
+            )
+        pages, blocks = need[Kind.KV], need[Kind.SSM]
+        arena = self.arena
+        if not apply_admission_cap and not arena.fits(pages, blocks):
+            blocks = need[Kind.SSM] = blocks - self._forgo(request_id)
+        if not arena.fits(pages, blocks):
+            # More states than can exist is how a manager says "in the next step": no failure.
+            if not apply_admission_cap and blocks <= arena.geometry.block_limit:
+                arena.note_failure(pages, blocks)
+            return NOT_NOW
+        geometry = arena.geometry
+        in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
+        if not apply_admission_cap:
+            # What is cached is referenced before anything is allocated, and needs no free page.
+            for manager, kind, computed in zip(
+                self.single_type_managers, self.kinds, new_computed_blocks, strict=True
+            ):
+                need[kind] -= manager._get_num_evictable_blocks(computed)
+            self._next = need[Kind.KV], need[Kind.SSM]
+        return min(in_pages, arena.available(Kind.KV))
+
+    def _forgo(self, request_id: str) -> int:
+        """Give up the states that a step would save for others; how many blocks that spares."""
+        return sum(
+            manager.forgo(request_id)
+            for manager in self.single_type_managers
+            if isinstance(manager, StateManager)
+        )
+
+    def allocate_new_blocks(
+        self, request_id: str, *args: Any, **kwargs: Any
+    ) -> tuple[list[KVCacheBlock], ...]:
+        """Allocate what was just asked for, making room for both pools at once.
+
+        vLLM's managers allocate one after the other. Alone, the first would take capacity that the
+        second then has to bring back.
+        """
+        if self.checkpoints is not None:
+            held = self._held_states.get(request_id)
+            self.checkpoints.begin(request_id, held[-1] if held else None)
+        (pages, blocks), self._next = self._next, (0, 0)
+        if self.arena.fits(pages, blocks):
+            self.arena.reserve(pages, blocks)
+        return super().allocate_new_blocks(request_id, *args, **kwargs)
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Take blocks of either pool out of the prefix cache, with what is of no use then."""
+        if self.checkpoints is not None:
+            block_ids = block_ids | self.checkpoints.states_with(block_ids)
+        for kind, pool in reversed(self.pools.items()):
+            pool.evict_blocks({block_id for block_id in block_ids if kind_of(block_id) is kind})
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every hash of both pools, or of none if any block is referenced."""
+        pages, states = (self.arena.used(kind) for kind in Kind)
+        if pages or states:
+            logger.warning(
+                "AVMP: the prefix cache is not reset, because pages (%d) and states (%d) are in "
+                "use; reset it when no request runs, or reset the running requests, too",
+                pages,
+                states,
+            )
+            return False
+        if self.checkpoints is not None:
+            self.checkpoints.clear()
+        for pool in self.pools.values():
+            pool.forget()
+        if self.block_pool.enable_kv_cache_events:
+            # In one queue, so that nothing that was cached before seems to be cached after.
+            events = self.block_pool.kv_event_queue
+            events += self.states.take_events()
+            events.append(AllBlocksCleared())
+        return True
+
+
+class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):
+    """With prefix caching."""
+
+    def find_longest_cache_hit(
+        self, block_hashes: list[BlockHash], max_cache_hit_length: int
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int, int]:
+        """Find the longest prefix that is cached.
+
+        Of pages with equal content, those are taken that the state keeps: others may go at any
+        time, and the state's would stay for nobody.
+        """
+        hits, length, uncached = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
+        if self.checkpoints is not None and length:
+            kv, ssm = (self.kinds.index(kind) for kind in Kind)
+            pages = self.checkpoints.pages_of(hits[ssm][-1].block_id)
+            if pages is not None:
+                blocks = self.pools[Kind.KV].blocks
+                hits[kv][:] = [blocks[page] for page in pages]
+        return hits, length, uncached
+
+
+class AVMPCoordinatorNoPrefixCache(DualPoolCoordinator, KVCacheCoordinatorNoPrefixCache):
+    """Without prefix caching."""

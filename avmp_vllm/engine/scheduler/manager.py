@@ -1,0 +1,207 @@
+"""``AVMPBlockSpaceManager``: what vLLM's scheduler talks to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+
+from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, kind_of
+from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry.config import AVMPConfig
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.scheduler.coordinator import (
+    AVMPCoordinator,
+    AVMPCoordinatorNoPrefixCache,
+    without_blocks,
+)
+from avmp_vllm.engine.scheduler.state_manager import StateManager
+
+if TYPE_CHECKING:
+    from vllm.distributed.kv_events import KVCacheEvent
+    from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
+    from vllm.v1.request import Request
+
+
+class AVMPBlockSpaceManager(KVCacheManager):
+    """vLLM's ``KVCacheManager`` with a dual-pool arena behind it.
+
+    Args:
+        kv_cache_config: The arena's configuration.
+        config: AVMP's options.
+        kwargs: Of ``KVCacheManager``.
+    """
+
+    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+        super().__init__(without_blocks(kv_cache_config), **kwargs)
+        self.kv_cache_config = kv_cache_config
+        self.config = config
+        common = {
+            "max_model_len": self.max_model_len,
+            "max_in_flight_tokens": kwargs["max_in_flight_tokens"],
+            "use_eagle": self.use_eagle,
+            "enable_kv_cache_events": self.enable_kv_cache_events,
+            "dcp_world_size": kwargs["dcp_world_size"],
+            "pcp_world_size": kwargs["pcp_world_size"],
+            "scheduler_block_size": kwargs["scheduler_block_size"],
+            "hash_block_size": kwargs["hash_block_size"],
+            "metrics_collector": self.metrics_collector,
+            "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+        }
+        self.coordinator = (
+            AVMPCoordinator(kv_cache_config, config, enable_caching=True, **common)
+            if self.enable_caching
+            else AVMPCoordinatorNoPrefixCache(kv_cache_config, config, **common)
+        )
+        self.arena = self.coordinator.arena
+        self.block_pool = self.coordinator.block_pool
+        self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
+        if self.enable_caching:
+            # A running state moves to a new block at each checkpoint, and frees the old one after.
+            self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+        self._growth_pages = ceil_div(config.growth_tokens, self.geometry.page_tokens)
+        self._holders = self.coordinator.single_type_managers[
+            self.coordinator.kinds.index(Kind.KV)
+        ].req_to_blocks
+        self.checkpoints = self.coordinator.checkpoints
+        self._plans = 0
+        self._copies: list[Copy] = []
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes of the arena."""
+        return self.arena.geometry
+
+    @property
+    def usage(self) -> float:
+        """Share of the arena's usable bytes that are referenced, 0 to 1."""
+        geometry = self.geometry
+        null = geometry.null_blocks * geometry.block_bytes
+        used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
+        return used / (geometry.pages * geometry.page_bytes - null)
+
+    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+        """Give a request its next slots, as ``KVCacheManager`` does.
+
+        vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
+        request no slack to grow into, so the watermark here has room for those that run: without it
+        the last page would go to a newcomer, and the next token of anybody else would preempt.
+        """
+        self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
+        if self.checkpoints is not None:
+            self.checkpoints.expect(request)
+        return super().allocate_slots(request, *args, **kwargs)
+
+    def free(self, request: Request) -> None:
+        """Free a request's blocks; those that no kept state needs do not stay in the cache."""
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request.request_id)
+        super().free(request)
+
+    def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
+        """Take a request's blocks, which the caller frees later."""
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request.request_id)
+        return super().pop_blocks_for_free(request)
+
+    def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
+        """Drain pending copies; note where their pages are now.
+
+        The scheduler gives the endpoints' references back right after this call, and nothing is
+        allocated in between, so this is the moment at which their places are final.
+        """
+        copies, retained = super().take_kv_cache_block_copies()
+        self._copies += [
+            Copy(
+                kind_of(copy.dst_block_id),
+                self.arena.physical(copy.src_block_id),
+                self.arena.physical(copy.dst_block_id),
+            )
+            for copy in copies
+        ]
+        return copies, retained
+
+    def take_move_plan(self, to_zero: list[int] | None) -> MovePlan | None:
+        """Drain what the workers must do before the step that has just been scheduled.
+
+        Args:
+            to_zero: Handles of KV pages that were handed out during the step.
+
+        Returns:
+            The plan, or None if there is nothing to do.
+        """
+        arena = self.arena
+        relocations = arena.take_relocations()
+        # A page may have been given back in the same step, and its bytes to the other pool.
+        zeros = [arena.physical(handle) for handle in to_zero or () if arena.inside(handle)]
+        copies, self._copies = self._copies, []
+        if not (relocations or zeros or copies or self.config.verify):
+            return None
+        self._plans += 1
+        digest = arena.digest() if self.config.verify else None
+        return MovePlan(self._plans, relocations, zeros, copies, digest)
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """Take the cache events of both pools."""
+        kv, ssm = (self.coordinator.pools[kind] for kind in Kind)
+        kv.kv_event_queue += ssm.take_events()
+        return super().take_events()
+
+    def evict_blocks(self, block_ids: set[int]) -> None:
+        """Take blocks of either pool out of the prefix cache."""
+        self.coordinator.evict_blocks(block_ids)
+
+    def holds(self, request: Request) -> bool:
+        """Whether a request has blocks."""
+        return any(
+            manager.req_to_blocks.get(request.request_id)
+            for manager in self.coordinator.single_type_managers
+        )
+
+    def state_position(self, request: Request) -> int:
+        """Tokens that a request's running state covers, once all scheduled steps have run."""
+        return next(
+            manager.position(request.request_id)
+            for manager in self.coordinator.single_type_managers
+            if isinstance(manager, StateManager)
+        )
+
+    def unpublish_after(self, request: Request, num_tokens: int) -> None:
+        """Take a request's blocks out of the prefix cache that cover more than so many tokens.
+
+        vLLM publishes a chunk's blocks when it schedules the chunk. With priorities, a request may
+        be preempted later in the same step, and the chunk is never computed.
+        """
+        for manager in self.coordinator.single_type_managers:
+            for block in manager.req_to_blocks.get(request.request_id, ()):
+                if (block.block_hash_num_tokens or 0) > num_tokens:
+                    manager.block_pool._maybe_evict_cached_block(block)
+
+    def verify(self) -> None:
+        """Check every invariant of the arena, and that vLLM's blocks agree with it.
+
+        Raises:
+            InvariantViolation: Naming what does not add up.
+        """
+        pools = self.coordinator.pools
+        self.arena.verify([handle for pool in pools.values() for handle in pool.referenced()])
+        found: list[str] = []
+        for kind, pool in pools.items():
+            for block in pool.blocks:
+                if block.is_null or block.ref_cnt:
+                    continue
+                cached = self.arena.is_cached(block.block_id)
+                if cached != (block.block_hash is not None):
+                    found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
+        found += self.coordinator.states.misplaced()
+        if self.checkpoints is not None:
+            found += self.checkpoints.problems()
+        for manager in self.coordinator.single_type_managers:
+            for request, blocks in manager.req_to_blocks.items():
+                found += [
+                    f"request {request} holds block {block.block_id}, which nobody references"
+                    for block in blocks
+                    if not block.is_null and block.ref_cnt < 1
+                ]
+        if found:
+            raise InvariantViolation("; ".join(found[:20]))

@@ -1,0 +1,276 @@
+"""AVMP's counters in Prometheus and in the periodic log line.
+
+The scheduler's statistics cross processes in a message whose fields vLLM fixes. One of them is a
+free mapping for KV connectors, which AVMP refuses, so it is free to carry AVMP's counters; the
+logger takes them out before vLLM's own loggers see the message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from prometheus_client import Counter, Gauge
+from vllm.logger import init_logger
+from vllm.v1.metrics.loggers import AggregateStatLoggerBase
+
+from avmp_vllm.core import Arena, Kind
+from avmp_vllm.core.keeper import Origin
+from avmp_vllm.engine.entry.config import selected
+from avmp_vllm.engine.scheduler.state_manager import COPY_CAUSES, StateManager
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.metrics.stats import IterationStats, SchedulerStats
+
+    from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
+
+logger = init_logger("vllm." + __name__)
+
+CARRIER = "avmp"
+GIB = 1 << 30
+
+#: Values of each label, in the order in which a metric's series are read; "" is no label.
+SERIES: dict[str, tuple[str, ...]] = {
+    "pool": tuple(kind.label for kind in Kind),
+    "direction": tuple(f"{kind.other.label}_to_{kind.label}" for kind in Kind),
+    "state": tuple(origin.value for origin in Origin),
+    "cause": COPY_CAUSES,
+    "": ("",),
+}
+
+
+class Metric(NamedTuple):
+    """A metric.
+
+    Attributes:
+        name: In Prometheus, without its prefix and ending.
+        text: What it is.
+        label: What tells its series apart, a key of ``SERIES``.
+        read: Values of its series.
+    """
+
+    name: str
+    text: str
+    label: str
+    read: Callable[[AVMPBlockSpaceManager], Sequence[float]]
+
+    @property
+    def series(self) -> tuple[str, ...]:
+        """Values of its label."""
+        return SERIES[self.label]
+
+
+def _arena(
+    name: str, text: str, read: Callable[[Arena, Kind], float], label: str = "pool"
+) -> Metric:
+    """A metric of the two pools; a direction is that of the pool that receives."""
+    return Metric(name, text, label, lambda manager: [read(manager.arena, kind) for kind in Kind])
+
+
+def _states(name: str, text: str, field: str) -> Metric:
+    """A metric of the states that the prefix cache chooses, by a field of ``Counts``."""
+
+    def read(manager: AVMPBlockSpaceManager) -> Sequence[float]:
+        if manager.checkpoints is None:
+            return [0] * len(Origin)
+        counts = manager.checkpoints.keeper.counts
+        return [getattr(counts[origin], field) for origin in Origin]
+
+    return Metric(name, text, "state", read)
+
+
+def _price(manager: AVMPBlockSpaceManager) -> Sequence[float]:
+    checkpoints = manager.checkpoints
+    return [0.0 if checkpoints is None else checkpoints.keeper.price * GIB]
+
+
+def _copied(manager: AVMPBlockSpaceManager) -> list[int]:
+    """Copies of states by cause."""
+    managers = manager.coordinator.single_type_managers
+    copied = [one.copied for one in managers if isinstance(one, StateManager)]
+    return [sum(one[cause] for one in copied) for cause in COPY_CAUSES]
+
+
+GAUGES: tuple[Metric, ...] = (
+    _arena("pages_used", "Pages that requests reference.", lambda a, k: a.used(k)),
+    _arena("pages_cached", "Unreferenced pages kept for prefix hits.", lambda a, k: a.cached(k)),
+    _arena("capacity_pages", "Pages in the pool's band.", lambda a, k: a.capacity(k)),
+    _arena(
+        "capacity_bytes",
+        "Bytes in the pool's band.",
+        lambda a, k: a.capacity(k) * a.geometry.unit(k),
+    ),
+    _arena(
+        "peak_pages_used",
+        "Most pages that were referenced at one time.",
+        lambda a, k: a.statistics.peak_used[k],
+    ),
+    _states("states_kept", "States kept for prefix hits, by where they stand.", "kept"),
+    Metric(
+        "state_price",
+        "Prompt tokens that a GiB of what was given up lately would have spared, a request.",
+        "",
+        _price,
+    ),
+)
+COUNTERS: tuple[Metric, ...] = (
+    _arena(
+        "migrations",
+        "Times that capacity moved between the pools.",
+        lambda a, k: a.statistics.migrations[k],
+        "direction",
+    ),
+    _arena(
+        "migrated_bytes",
+        "Capacity that moved between the pools.",
+        lambda a, k: a.statistics.migrated_bytes[k],
+        "direction",
+    ),
+    _arena(
+        "relocations",
+        "Pages that moved out of a migration's way.",
+        lambda a, k: a.statistics.relocations[k],
+    ),
+    _arena(
+        "relocated_bytes",
+        "Bytes of the pages that moved out of a migration's way.",
+        lambda a, k: a.statistics.relocated_bytes[k],
+    ),
+    _arena("evictions", "Cached pages given up.", lambda a, k: a.statistics.evictions[k]),
+    _arena(
+        "allocation_failures",
+        "Allocations that the arena could not serve.",
+        lambda a, k: a.statistics.failures[k],
+    ),
+    _states("states_made", "States that were made to be kept.", "made"),
+    _states("states_refused", "States that were not made, since they would not pay.", "refused"),
+    _states("states_given_up", "Kept states that were given up for room.", "given_up"),
+    _states("state_hits", "Prompts that began at a kept state.", "used"),
+    _states("state_misses", "Prompts that would have begun at a state that was gone.", "missed"),
+    Metric(
+        "state_copies", "States that were copied before a step overwrote them.", "cause", _copied
+    ),
+    Metric(
+        "copied_bytes",
+        "Bytes of the states that were copied.",
+        "cause",
+        lambda manager: [count * manager.geometry.block_bytes for count in _copied(manager)],
+    ),
+)
+METRICS = GAUGES + COUNTERS
+_BY_NAME = {metric.name: metric for metric in METRICS}
+
+#: What crosses processes: values of the series of each metric.
+Values = dict[str, Sequence[float]]
+
+
+def attach(stats: SchedulerStats, manager: AVMPBlockSpaceManager) -> None:
+    """Put the counters into a statistics message."""
+    stats.kv_connector_stats = {CARRIER: {metric.name: metric.read(manager) for metric in METRICS}}
+
+
+class AVMPStatLogger(AggregateStatLoggerBase):
+    """Exports the counters of every engine, and logs those that matter to a person.
+
+    Args:
+        vllm_config: For the model's name.
+        engine_indexes: The engines whose statistics arrive here.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, engine_indexes: list[int]) -> None:
+        model = vllm_config.model_config.served_model_name
+        self._model = model[0] if isinstance(model, list) else model
+        self._latest: dict[int, Values] = {i: {} for i in engine_indexes}
+        self._logged: dict[int, Values] = {i: {} for i in engine_indexes}
+        self._metrics: dict[str, Any] = {}
+        for metrics, make in (
+            (GAUGES, partial(Gauge, multiprocess_mode="mostrecent")),
+            (COUNTERS, Counter),
+        ):
+            for metric in metrics:
+                labels = ["model_name", "engine", *filter(None, [metric.label])]
+                self._metrics[metric.name] = make(
+                    f"vllm:avmp_{metric.name}", f"AVMP: {metric.text}", labels
+                )
+        for index in engine_indexes:  # so that every series exists from the start
+            self._export(index, {metric.name: [0] * len(metric.series) for metric in METRICS})
+
+    def _child(self, metric: Metric, engine: int, series: str) -> Any:
+        values = [self._model, str(engine), *filter(None, [series])]
+        return self._metrics[metric.name].labels(*values)
+
+    def _export(self, engine: int, values: Values) -> None:
+        # Most values stand still from one step to the next, and a metric is slow to reach.
+        before = self._latest[engine]
+        for metric in GAUGES:
+            now, last = values[metric.name], before.get(metric.name)
+            for index, series in enumerate(metric.series):
+                if last is None or now[index] != last[index]:
+                    self._child(metric, engine, series).set(now[index])
+        for metric in COUNTERS:
+            now, last = values[metric.name], before.get(metric.name)
+            for index, series in enumerate(metric.series):
+                grown = now[index] - (0 if last is None else last[index])
+                if last is None or grown > 0:
+                    self._child(metric, engine, series).inc(max(grown, 0))
+        self._latest[engine] = values
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: IterationStats | None,
+        mm_cache_stats: object = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Take the counters out of a message and export them."""
+        carried = scheduler_stats.kv_connector_stats if scheduler_stats is not None else None
+        if scheduler_stats is None or carried is None or CARRIER not in carried:
+            return
+        scheduler_stats.kv_connector_stats = None
+        self._export(engine_idx, carried[CARRIER])
+
+    def log(self) -> None:
+        """Log one line for each engine whose counters changed since the last one."""
+        for engine, now in self._latest.items():
+            if now != self._logged[engine]:
+                logger.info("Engine %03d: AVMP %s", engine, summary(now))
+                self._logged[engine] = now
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say; the capacity block is logged by the engine core."""
+
+
+def summary(values: Values) -> str:
+    """The counters as one line of text."""
+    parts = [
+        f"{kind.label}: {values['pages_used'][kind]:.0f} used + "
+        f"{values['pages_cached'][kind]:.0f} cached of {values['capacity_pages'][kind]:.0f} pages"
+        for kind in Kind
+    ]
+    parts.append(f"migrations: {_by_series(values, 'migrations')}")
+    parts.append(f"relocated: {sum(values['relocated_bytes']) / 2**20:.1f} MiB")
+    for name in ("evictions", "allocation_failures"):
+        parts.append(f"{name.replace('_', ' ')}: {_by_series(values, name)}")
+    for name in ("states_kept", "state_hits"):
+        if any(values[name]):
+            parts.append(f"{name.replace('_', ' ')}: {_by_series(values, name, zeros=False)}")
+    return "; ".join(parts)
+
+
+def _by_series(values: Values, name: str, zeros: bool = True) -> str:
+    """A metric's values with what tells them apart."""
+    pairs = zip(_BY_NAME[name].series, values[name], strict=True)
+    return ", ".join(f"{series} {value:.0f}" for series, value in pairs if zeros or value)
+
+
+def stat_logger_manager_init(stock: Callable[..., None]) -> Callable[..., None]:
+    """Wrap ``StatLoggerManager.__init__``: AVMP's logger goes first."""
+
+    def wrapper(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        stock(self, vllm_config, *args, **kwargs)
+        if selected(vllm_config.additional_config) is not None:
+            self.stat_loggers.insert(0, AVMPStatLogger(vllm_config, self.engine_indexes))
+
+    return wrapper

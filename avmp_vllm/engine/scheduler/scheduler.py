@@ -1,0 +1,144 @@
+"""The schedulers: vLLM's own, with AVMP's manager, sending each step's move plan to the workers."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import (
+    get_mamba_prefill_checkpoint_position,
+    is_mamba_prefill_checkpoint_valid,
+)
+from vllm.v1.request import RequestStatus
+
+from avmp_vllm.engine.entry.config import selected
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import checkpoint_spacing
+from avmp_vllm.engine.layout.message import PLAN
+from avmp_vllm.engine.scheduler import metrics
+from avmp_vllm.engine.scheduler.coordinator import without_blocks
+from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
+from avmp_vllm.engine.scheduler.sessions import StreamingSessions
+
+if TYPE_CHECKING:
+    from vllm.config import CacheConfig, VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.metrics.stats import SchedulerStats
+    from vllm.v1.request import Request
+
+
+class MovePlanMixin(StreamingSessions):
+    """What AVMP adds to either of vLLM's schedulers."""
+
+    cache_config: CacheConfig
+
+    def __init__(
+        self, vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(vllm_config, without_blocks(kv_cache_config), *args, **kwargs)
+        config = selected(vllm_config.additional_config)
+        assert config is not None
+        self.kv_cache_config = kv_cache_config
+        # vLLM's scheduler reads block_size for one purpose: to end prefill chunks where a state is
+        # checkpointed. The engine core sets it to the smaller of the groups' sizes, which here is
+        # the KV page, and states would then be published under hashes of longer prefixes.
+        self.cache_config = copy.copy(self.cache_config)
+        self.cache_config.block_size = checkpoint_spacing(kv_cache_config)
+        self.kv_cache_manager = AVMPBlockSpaceManager(
+            kv_cache_config,
+            config,
+            max_model_len=self.max_model_len,
+            scheduler_block_size=self.block_size,
+            hash_block_size=self.hash_block_size,
+            max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+            enable_caching=self.cache_config.enable_prefix_caching,
+            use_eagle=self.use_eagle_block_drop,
+            num_prefill_lookahead=self.num_prefill_lookahead,
+            log_stats=self.log_stats,
+            enable_kv_cache_events=self.enable_kv_cache_events,
+            dcp_world_size=self.dcp_world_size,
+            pcp_world_size=1,
+            metrics_collector=self.kv_metrics_collector,
+            watermark=self.scheduler_config.watermark,
+        )
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Schedule a step and attach what the workers must move before it."""
+        output = super().schedule(*args, **kwargs)
+        if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
+            self.release_paused()  # somebody waits for their blocks; the next step has them
+        manager = self.kv_cache_manager
+        plan = manager.take_move_plan(output.new_block_ids_to_zero)
+        # Both lists name handles; the plan has them as physical pages, in the right order.
+        output.new_block_ids_to_zero = None
+        output.kv_cache_block_copies = None
+        setattr(output, PLAN, plan)
+        if manager.config.verify:
+            manager.verify()
+        return output
+
+    def _mamba_block_aligned_split(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_local_computed_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+    ) -> int:
+        """Where a prefill chunk ends, so that the states worth keeping can be kept.
+
+        Every end before the prompt's own costs the request a step, so a chunk ends early only where
+        a state is to be kept. Anywhere else it publishes nothing, and may end where the step's
+        budget does.
+        """
+        checkpoints = self.kv_cache_manager.checkpoints
+        if checkpoints is None:  # a retention interval is given: vLLM's own rules
+            aligned = super()._mamba_block_aligned_split(
+                request, num_new_tokens, num_new_local_computed_tokens, num_external_computed_tokens
+            )
+            # Zero: the step's budget does not reach the next boundary, and might never.
+            return aligned or num_new_tokens
+        start = request.num_computed_tokens + num_new_local_computed_tokens
+        end = start + num_new_tokens
+        if request.status != RequestStatus.RUNNING:
+            checkpoints.intend(request, start, self._saved_inside(start, end))
+        stop = checkpoints.next_stop(request.request_id, start, end)
+        if stop and stop != self._saved_inside(start, end):
+            return stop - start
+        return num_new_tokens
+
+    def _saved_inside(self, start: int, end: int) -> int:
+        """Position of the state that the layers save inside of a chunk by themselves, or 0."""
+        position = get_mamba_prefill_checkpoint_position(
+            end, self.hash_block_size, drop_eagle_block=False
+        )
+        saved = self.mamba_has_prefill_checkpoint_blocks and is_mamba_prefill_checkpoint_valid(
+            query_start=start,
+            query_end=end,
+            checkpoint_position=position,
+            hash_block_size=self.hash_block_size,
+            mamba_block_size=self.cache_config.block_size,
+            checkpoint_alignment=self.mamba_prefill_checkpoint_alignment,
+        )
+        return position if saved else 0
+
+    def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
+        """Preempt a request; if its chunk of this very step is lost, so is what it published."""
+        self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
+        super()._preempt_request(request, *args, **kwargs)
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """Add AVMP's counters to vLLM's statistics."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            metrics.attach(stats, self.kv_cache_manager)
+        return stats
+
+
+class AVMPScheduler(MovePlanMixin, Scheduler):
+    """Schedules a step after the previous one's output."""
+
+
+class AVMPAsyncScheduler(MovePlanMixin, AsyncScheduler):
+    """Schedules a step while the previous one runs."""

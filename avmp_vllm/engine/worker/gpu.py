@@ -1,0 +1,24 @@
+"""The CUDA worker. It has not run on a GPU yet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from avmp_vllm.engine.worker.v1.runner import AVMPGPUModelRunner
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+
+class AVMPGPUWorker(Worker):
+    """vLLM's CUDA worker with AVMP's runner."""
+
+    def _make_model_runner(self) -> GPUModelRunner:
+        if self.use_v2_model_runner:
+            # Imported here because it needs Triton.
+            from avmp_vllm.engine.worker.v2.runner import AVMPModelRunnerV2
+
+            return AVMPModelRunnerV2(self.vllm_config, self.device)
+        return AVMPGPUModelRunner(self.vllm_config, self.device)

@@ -1,0 +1,69 @@
+"""Move plans in a worker: applied in order, once each, to its page table and its bytes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from avmp_vllm.core import InvariantViolation, Kind, MovePlan
+from avmp_vllm.engine.layout.message import PLAN
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from avmp_vllm.backing.page_table import PageTable
+
+
+class ArenaBuffer(Protocol):
+    """The bytes of an arena."""
+
+    def apply(self, plan: MovePlan) -> None:
+        """Carry a plan out: relocations in order, then zeroing, then copy-on-write."""
+
+
+class PlanApplier:
+    """A worker's copy of the arena, kept in step with the scheduler's.
+
+    Args:
+        page_table: Handles to physical pages.
+        buffer: The bytes.
+    """
+
+    def __init__(self, page_table: PageTable, buffer: ArenaBuffer) -> None:
+        self.page_table = page_table
+        self.buffer = buffer
+        self._applied = 0
+
+    def apply_from(self, scheduler_output: SchedulerOutput) -> None:
+        """Apply a step's plan if it has one; call it before anything else, whatever the step is."""
+        plan = getattr(scheduler_output, PLAN, None)
+        if plan is not None:
+            self.apply(plan)
+
+    def apply(self, plan: MovePlan) -> None:
+        """Apply a plan.
+
+        Raises:
+            InvariantViolation: A plan is missing, or under verification the page table differs
+                from the scheduler's.
+        """
+        self._applied += 1
+        if plan.number != self._applied:
+            raise InvariantViolation(
+                f"move plan {plan.number} arrived after {self._applied - 1} plans"
+            )
+        self.page_table.apply(plan.relocations)
+        self.buffer.apply(plan)
+        if plan.digest is not None:
+            known, expected = plan.digest
+            if self.page_table.digest(dict(zip(Kind, known, strict=True))) != expected:
+                raise InvariantViolation(
+                    f"the worker's page table differs from the scheduler's at plan {plan.number}"
+                )
+
+
+def bytes_behind(cache: torch.Tensor) -> torch.Tensor:
+    """The whole buffer that a layer's cache is a view of, as flat uint8."""
+    storage = cache.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

@@ -1,0 +1,1 @@
+"""Model Runner V1: block tables are resolved on the host."""

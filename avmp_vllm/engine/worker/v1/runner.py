@@ -1,0 +1,87 @@
+"""Model Runner V1: applies move plans, resolves block tables on the host."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.backing.torch_buffer import TorchBuffer
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import kind_of_spec
+from avmp_vllm.engine.worker.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.worker.profiling import initialize_least_cache
+from avmp_vllm.engine.worker.v1.block_tables import PAGE_TABLE, HandleBuffer
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.worker.mamba_utils import MambaBuffers
+
+
+class MovePlanRunnerMixin(GPUModelRunner):
+    """Model Runner V1 over an arena."""
+
+    page_table: PageTable
+    _any_cache: torch.Tensor | None
+    _plans: PlanApplier | None = None
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        is_profiling: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Make the cache, then put handles into the block tables and a page table behind them."""
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        assert kv_cache_config.geometry is not None
+        self.page_table = PageTable(kv_cache_config.geometry)
+        for group, table in zip(
+            kv_cache_config.kv_cache_groups,
+            self.input_batch.block_table.block_tables,
+            strict=True,
+        ):
+            kind = kind_of_spec(group.kv_cache_spec)
+            table.block_table = HandleBuffer(table.block_table, table, self.page_table, kind)
+        cache, self._any_cache = self._any_cache, None
+        # The cache that CUDA graphs are profiled on gets no plans, and must not be kept alive.
+        if not is_profiling:
+            assert cache is not None
+            buffer = TorchBuffer(bytes_behind(cache), kv_cache_config.geometry)
+            self._plans = PlanApplier(self.page_table, buffer)
+
+    def initialize_kv_cache_tensors(
+        self, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Make the tensors, and note one of them: all are views of the arena's one buffer."""
+        tensors = super().initialize_kv_cache_tensors(kv_cache_config, *args, **kwargs)
+        self._any_cache = next(iter(tensors.values()))
+        return tensors
+
+    def _init_minimal_kv_cache_for_profiling(self) -> None:
+        initialize_least_cache(self)
+
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
+        """Apply the step's plan, even if the step has no tokens, then run it."""
+        if self._plans is not None:
+            self._plans.apply_from(scheduler_output)
+        return super().execute_model(scheduler_output, *args, **kwargs)
+
+    def _get_mamba_bufs(self) -> MambaBuffers:
+        buffers = super()._get_mamba_bufs()
+        setattr(buffers.preprocess, PAGE_TABLE, self.page_table)
+        return buffers
+
+
+class AVMPGPUModelRunner(MovePlanRunnerMixin, GPUModelRunner):
+    """Runner V1 on CUDA."""
+
+    def _init_kv_zero_meta(self) -> None:
+        """Nothing to prepare: move plans zero pages, by kind."""
+
+
+class AVMPCPUModelRunner(MovePlanRunnerMixin, CPUModelRunner):
+    """Runner V1 on the CPU."""
