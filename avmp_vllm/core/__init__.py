@@ -17,7 +17,7 @@ keeper         which states are worth their bytes: what is made, and what goes f
 """
 
 from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
-from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, SSMLayer
+from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, PageGroup, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
 from avmp_vllm.core.plan import Copy, MovePlan, Relocation
 from avmp_vllm.core.statistics import Statistics
@@ -34,6 +34,7 @@ __all__ = [
     "KVLayer",
     "Kind",
     "MovePlan",
+    "PageGroup",
     "Relocation",
     "SSMLayer",
     "Statistics",

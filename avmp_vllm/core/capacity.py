@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from avmp_vllm.core.geometry import Geometry, KVLayer, SSMLayer, ceil_div
+from avmp_vllm.core.geometry import Geometry, KVLayer, PageGroup, SSMLayer, ceil_div
 from avmp_vllm.core.handles import Kind
 
 #: An SSM layer's state starts on this boundary inside its block (bytes); covers every dtype.
@@ -32,22 +32,31 @@ class StockPlan:
     """What stock vLLM makes of the same layers and bytes.
 
     Attributes:
-        block_tokens: Tokens of its inflated attention block.
-        blocks: Usable blocks of its one pool: all but the null block.
-        kv_groups: Block tables of attention layers.
+        groups: Block tables of attention layers, with the tokens of their inflated blocks.
         ssm_groups: Block tables of SSM layers.
         states: Blocks that a request holds in each SSM group.
+        blocks: Usable blocks of its one pool: all but the null block.
     """
 
-    block_tokens: int
-    blocks: int
-    kv_groups: int
+    groups: tuple[PageGroup, ...]
     ssm_groups: int
     states: int
+    blocks: int
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of an attention block."""
+        return self.groups[0].page_tokens
+
+    @property
+    def tables(self) -> int:
+        """Block tables in all."""
+        return len(self.groups) + self.ssm_groups
 
     def blocks_of(self, tokens: int) -> int:
         """Blocks that a sequence of so many tokens holds."""
-        return self.kv_groups * ceil_div(tokens, self.block_tokens) + self.ssm_groups * self.states
+        pages = sum(group.pages_for(tokens) for group in self.groups)
+        return pages + self.ssm_groups * self.states
 
     def sequences(self, tokens: int) -> int:
         """Sequences of so many tokens that fit together."""
@@ -106,7 +115,7 @@ class Layers:
         block = stock_block_tokens(1, self.token_bytes, self.state_bytes, unit)
         size, kv, ssm = stock_groups(self.kv_layers, self.ssm_layers)
         blocks = arena_bytes // (size * block * self.token_bytes)
-        return StockPlan(block, max(blocks - 1, 0), kv, ssm, states)
+        return StockPlan((PageGroup(block),) * kv, ssm, states, max(blocks - 1, 0))
 
     def sequence_bytes(self, tokens: int, states: int) -> int:
         """Bytes of a sequence with neither pages nor padding."""

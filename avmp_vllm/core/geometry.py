@@ -12,6 +12,7 @@ Index 0 of both views is vLLM's null block, so bytes ``[0, max(F, B))`` are neve
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -54,14 +55,35 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 @dataclass(frozen=True)
+class PageGroup:
+    """KV pages that one block table names.
+
+    Args:
+        page_tokens: Tokens that a page holds.
+        most: Pages that a request holds at most (a sliding window, a ring), or None if it keeps a
+            slot for every token.
+    """
+
+    page_tokens: int
+    most: int | None = None
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages that a request of so many tokens holds."""
+        pages = ceil_div(tokens, self.page_tokens)
+        return pages if self.most is None else min(pages, self.most)
+
+
+@dataclass(frozen=True)
 class Geometry:
     """Sizes that never change while an arena lives.
 
     Args:
         arena_bytes: Bytes of the arena, N.
-        page_bytes: Bytes of a KV page over all attention layers of the rank, F.
+        page_bytes: Bytes of a KV page, F: over all attention layers of the rank, or over those of
+            the widest group.
         block_bytes: Bytes of an SSM block over all SSM layers of the rank, B.
-        page_tokens: Tokens that a KV page holds.
+        page_tokens: Tokens that a KV page holds in the first group.
+        more_groups: Groups of KV pages beside the first, which has a slot for every token.
 
     Raises:
         ValueError: A size is not positive, or the arena cannot hold one page of each kind.
@@ -71,6 +93,7 @@ class Geometry:
     page_bytes: int
     block_bytes: int
     page_tokens: int = 16
+    more_groups: tuple[PageGroup, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("arena_bytes", "page_bytes", "block_bytes", "page_tokens"):
@@ -96,6 +119,11 @@ class Geometry:
         block = sum(layer.state_bytes for layer in ssm_layers)
         block = ceil_div(block, BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
         return cls(arena_bytes, page, block, page_tokens)
+
+    @cached_property
+    def groups(self) -> tuple[PageGroup, ...]:
+        """All groups of KV pages."""
+        return PageGroup(self.page_tokens), *self.more_groups
 
     @cached_property
     def null_bytes(self) -> int:
@@ -158,8 +186,20 @@ class Geometry:
         return (self.pages - pages) * self.page_bytes // self.block_bytes - self.null_blocks
 
     def pages_for(self, tokens: int) -> int:
-        """KV pages that hold so many tokens."""
-        return ceil_div(tokens, self.page_tokens)
+        """KV pages of a request of so many tokens, over all groups."""
+        pages = ceil_div(tokens, self.page_tokens)
+        for group in self.more_groups:
+            pages += group.pages_for(tokens)
+        return pages
+
+    def longest(self, blocks_each: int = 1) -> int:
+        """Tokens of the longest request that fits alone.
+
+        Args:
+            blocks_each: SSM blocks that it holds.
+        """
+        pages = max(self.pages_beside(blocks_each), 0)
+        return bisect_right(range(pages * self.page_tokens + 1), pages, key=self.pages_for) - 1
 
     def sequences(self, tokens: int, blocks_each: int = 1) -> int:
         """How many sequences of so many tokens fit together.
@@ -184,11 +224,10 @@ class Geometry:
         fixed = (self.null_blocks + blocks_each) * self.block_bytes
         # Whole KV pages count from byte 0, so what else there is takes whole ones too.
         needed = (self.pages_for(tokens) + ceil_div(fixed, self.page_bytes)) * self.page_bytes
-        longest = max((self.pages * self.page_bytes - fixed) // self.page_bytes, 0)
         raise ArenaTooSmall(
             f"a request of max_model_len={tokens} tokens needs {needed} bytes "
             f"({self.pages_for(tokens)} KV pages, {blocks_each} SSM block(s) and the null bytes) "
             f"but the arena has {self.arena_bytes}: raise --kv-cache-memory-bytes or "
             f"--gpu-memory-utilization, or set --max-model-len to at most "
-            f"{longest * self.page_tokens}"
+            f"{self.longest(blocks_each)}"
         )

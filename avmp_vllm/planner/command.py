@@ -170,7 +170,7 @@ def _print_sizes(console: Console, shape: ModelShape, plan: Plan, caching: bool)
         table.add_column(column, justify="left" if not column else "right")
     exact = f"{geometry.page_bytes:,}"
     size = stock.block_tokens * layers.token_bytes
-    per_group = ceil_div(layers.kv_layers, stock.kv_groups)
+    per_group = ceil_div(layers.kv_layers, len(stock.groups))
     table.add_row(
         "tokens of a KV block", f"{stock.block_tokens:,}", *[str(geometry.page_tokens)] * 2
     )
@@ -178,7 +178,7 @@ def _print_sizes(console: Console, shape: ModelShape, plan: Plan, caching: bool)
     state = f"{geometry.block_bytes:,}"
     padded = f"{size * layers.ssm_layers:,} (+{plan.stock_padding:.1%})"
     table.add_row("bytes of one state, all layers", padded, state, state)
-    table.add_row("block tables", str(stock.kv_groups + stock.ssm_groups), "2", "2")
+    table.add_row("block tables", str(stock.tables), "2", "2")
     table.add_row("blocks", f"{stock.blocks:,}", "", "")
     table.add_row("KV pages at most", "", f"{plan.static.pages:,}", f"{geometry.page_limit:,}")
     table.add_row("SSM blocks at most", "", f"{plan.static.blocks:,}", f"{geometry.block_limit:,}")

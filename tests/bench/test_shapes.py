@@ -32,7 +32,7 @@ def _layers(name: str, kv_dtype: str = "auto", state_dtype: str = "auto") -> Lay
 def test_stock_block_and_groups(name, kv_dtype, state_dtype, block, groups):
     plan = _layers(name, kv_dtype, state_dtype).stock(8 << 30, unit=16, states=1)
     assert plan.block_tokens == block
-    assert plan.kv_groups + plan.ssm_groups == groups
+    assert plan.tables == groups
 
 
 def test_latent_cache_is_rounded_to_128():

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES, layers, with_blocks
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.engine.arg_utils import EngineArgs
@@ -24,7 +25,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -66,6 +67,7 @@ class Driver:
         ahead: Steps that are scheduled before the output of the first of them arrives.
         budget: Tokens of a step.
         events: Whether the scheduler publishes what the prefix cache stores and removes.
+        family: Other layers than a Jamba's, by name.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Driver:
         ahead: int = 0,
         budget: int = 256,
         events: bool = False,
+        family: dict[str, KVCacheSpec] | None = None,
     ) -> None:
         config = EngineArgs(
             model=model,
@@ -115,8 +118,9 @@ class Driver:
             num_prefill_checkpoint_blocks=int(checkpoints),
             prefill_checkpoint_alignment=1 if checkpoints else None,
         )
-        layers = {f"layers.{i}": kv if i % 4 == 2 else ssm for i in range(8)}
-        cache = arena_config(config, layers, arena_bytes)
+        jamba = {f"layers.{i}": kv if i % 4 == 2 else ssm for i in range(8)}
+        worker_cache = arena_config(config, family or jamba, arena_bytes)
+        cache = kv_cache_utils.generate_scheduler_kv_cache_config([worker_cache])
         config.cache_config.num_gpu_blocks = cache.num_blocks
         config.cache_config.block_size = PAGE_TOKENS
         block, hash_block = kv_cache_utils.resolve_kv_cache_block_sizes(cache, config)
@@ -239,6 +243,54 @@ def test_two_requests_that_do_not_fit_together_both_finish(model: str, caching: 
     assert max(preemptions) <= 4, preemptions
     assert steps < 2_000
     driver.check_empty()
+
+
+def family_of(name: str, caching: bool) -> dict[str, KVCacheSpec]:
+    """Three layers of each kind, with this file's page and spacing."""
+    spacing = CHECKPOINT_TOKENS if caching else MAX_MODEL_LEN
+    mode = "align" if caching else "none"
+    return layers(with_blocks(FAMILIES[name], PAGE_TOKENS, spacing, mamba_cache_mode=mode))
+
+
+@pytest.mark.parametrize("caching", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_served_under_pressure(model: str, family: str, caching: bool) -> None:
+    """Several tables and layouts, with verification at each step; what is kept is hit."""
+    specs = family_of(family, caching)
+    sizes = Driver(model, 1 << 28, caching, family=specs).arena.geometry
+    states, requests = (3, 2.5) if caching else (1, 1)
+    each = sizes.pages_for(MAX_MODEL_LEN) * sizes.page_bytes + states * sizes.block_bytes
+    memory = int(sizes.null_bytes + sizes.page_bytes + requests * each)
+    driver = Driver(model, memory, caching, growth=0, family=specs)
+    rng = random.Random(family)
+    asked: list[Request] = []
+    for turn in range(40):
+        begun = [] if turn % 3 else list(rng.choice(asked).all_token_ids) if asked else []
+        text = begun[:600] + prompt(turn, rng.randrange(5, 300))
+        asked.append(driver.add(f"{turn}", text, rng.randrange(1, 100)))
+        for _ in range(rng.randrange(30 if caching else 15)):
+            driver.step()
+    driver.run(limit=4_000)
+    assert len(driver.finished) == 40
+    statistics = driver.arena.statistics
+    assert statistics.migrations[Kind.KV] > 0
+    assert statistics.migrations[Kind.SSM] > 0
+    assert sum(statistics.relocations.values()) > 0
+    assert (max(driver.hits.values()) > 0) == caching
+    driver.check_empty()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_longest_request_of_a_family_is_exact(model: str, family: str) -> None:
+    """``--max-model-len -1`` and the refusal, with several tables: it fits, and no token more."""
+    specs = family_of(family, False)
+    geometry = Driver(model, 1 << 24, False, family=specs).arena.geometry
+    longest = geometry.longest(1)
+    assert geometry.fits(geometry.pages_for(longest), 1)
+    assert not geometry.fits(geometry.pages_for(longest + 1), 1)
+    geometry.require_one_request(longest, 1)
+    with pytest.raises(ArenaTooSmall, match=f"at most {longest}$"):
+        geometry.require_one_request(longest + 1, 1)
 
 
 @pytest.mark.parametrize("caching", [False, True])

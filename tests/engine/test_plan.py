@@ -37,7 +37,7 @@ def test_plan_is_what_stock_vllm_says(tiny_jamba, caplog_vllm, caching):
         assert cache.num_gpu_blocks == plan.stock.blocks + 1
         assert cache.kv_cache_size_tokens == plan.stock.logged_tokens(512)
         groups = scheduler.kv_cache_config.kv_cache_groups
-        assert len(groups) == plan.stock.kv_groups + plan.stock.ssm_groups
+        assert len(groups) == plan.stock.tables
         attention = [g for g in groups if isinstance(g.kv_cache_spec, FullAttentionSpec)]
         blocks = {g.kv_cache_spec.block_size for g in attention}
         assert blocks == {plan.stock.block_tokens}

@@ -1,37 +1,36 @@
 """Cache groups and tensors of an arena.
 
-Stock vLLM gives every kind of layer one page size. Here the attention layers form one group with
-pages of ``page_tokens`` tokens, the SSM layers another with one exact state a block, and two
-``KVCacheTensor`` descriptions lay both views over the same buffer from byte 0, with plain strides::
+Stock vLLM gives every kind of layer one page size. Here all layers with states form one group, with
+one exact state a block, and those with pages one or more, by what a request holds of them
+(``groups.py``). One ``KVCacheTensor`` for each layout of a group describes its place in the page,
+and all of them view the same buffer from byte 0, with plain strides::
 
-    KV page k   at k * F: | layer 0 | layer 1 | ... |         F = layers * one layer's page
-    SSM block s at s * B: | layer 0 | layer 1 | ... | pad |   B = layers * one layer's state, padded
+    KV page k   at k * F: | layers of one layout | of another | pad |     F, of the widest group
+    SSM block s at s * B: | layers of one layout | of another | pad |     B, of all states
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
-from vllm.v1.kv_cache_interface import (
-    FullAttentionSpec,
-    KVCacheConfig,
-    KVCacheGroupSpec,
-    KVCacheSpec,
-    KVCacheTensor,
-    MambaSpec,
-)
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor
 
-from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, KVLayer, SSMLayer
+from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, PageGroup
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
-from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, ceil_div
 from avmp_vllm.engine.entry.config import ConfigError, selected
-from avmp_vllm.engine.layout.groups import group_of, kind_of_spec
-from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len
+from avmp_vllm.engine.layout.groups import Layers, Role, kind_of_spec, sort_layers
+from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages
+from avmp_vllm.engine.layout.split import even_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+#: A layout starts on this boundary inside of its page (bytes); covers every dtype.
+LAYOUT_ALIGNMENT = 16
 
 
 @dataclass
@@ -39,17 +38,21 @@ class AVMPCacheConfig(KVCacheConfig):
     """vLLM's cache configuration with an arena behind it.
 
     ``num_blocks`` counts the KV view's pages. Being a class of this module, it survives the deep
-    copies and the pickling that vLLM does.
+    copies and the pickling that vLLM does. vLLM's scheduler sees one layer's spec of each group;
+    ``layer_specs`` are those of all layers.
     """
 
     geometry: Geometry | None = None
+    layer_specs: dict[str, KVCacheSpec] = field(default_factory=dict)
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Length of the view that a tensor describes."""
         assert self.geometry is not None
-        if set(tensor.layers) <= set(group_of(self, Kind.SSM).layer_names):
-            return self.geometry.blocks
-        return self.geometry.pages
+        for group in self.kv_cache_groups:
+            if tensor.layers[0] in group.layer_names:
+                is_state = kind_of_spec(group.kv_cache_spec) is Kind.SSM
+                return self.geometry.blocks if is_state else self.geometry.pages
+        raise AssertionError(f"{tensor.layers} belong to no group")
 
 
 def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,31 +85,28 @@ def arena_config(
     """Lay one rank's layers out over an arena.
 
     Args:
-        vllm_config: For the retention setting.
+        vllm_config: For the retention setting, and what a request holds of a window.
         specs: Layer name to its exact cache spec.
         arena_bytes: Bytes of the arena.
 
     Raises:
-        ConfigError: A kind of layer that has no pool, or more than one layout of a kind.
+        ConfigError: A kind of layer that has no pool.
         ArenaTooSmall: Not even one page of each kind.
     """
-    layers: dict[Kind, dict[str, KVCacheSpec]] = {kind: {} for kind in Kind}
-    for name, spec in specs.items():
-        if type(spec) is not FullAttentionSpec and not isinstance(spec, MambaSpec):
-            raise ConfigError(
-                f"layer {name} keeps a {type(spec).__name__}: AVMP has pools for full attention "
-                "and SSM layers only; use --block-manager default"
-            )
-        layers[kind_of_spec(spec)][name] = spec
-    shared = {kind: _only_spec(kind, layers[kind]) for kind in Kind}
-    page = shared[Kind.KV].page_size_bytes
-    state = ceil_div(shared[Kind.SSM].page_size_bytes, STATE_ALIGNMENT) * STATE_ALIGNMENT
+    tables = even_pages(sort_layers(specs), vllm_config)
+    *paged, states = tables
+    slots, *more = (
+        PageGroup(spec.block_size, most_pages(vllm_config, table.role, spec))
+        for table in paged
+        for spec in (next(iter(table.specs.values())),)
+    )
     try:
-        geometry = Geometry.from_layers(
+        geometry = Geometry(
             arena_bytes,
-            [KVLayer(page // shared[Kind.KV].block_size)] * len(layers[Kind.KV]),
-            [SSMLayer(state)] * len(layers[Kind.SSM]),
-            shared[Kind.KV].block_size,
+            _round_up(max(map(_bytes, paged)), _page_alignment(paged)),
+            _round_up(_bytes(states), BLOCK_ALIGNMENT),
+            slots.page_tokens,
+            tuple(more),
         )
     except ValueError as error:  # No bytes at all, or fewer than a page of each kind.
         raise ArenaTooSmall(
@@ -117,30 +117,47 @@ def arena_config(
         kv_cache_tensors=[
             KVCacheTensor(
                 size=arena_bytes,
-                layers=list(layers[kind]),
-                layer_stride=stride,
-                block_stride=geometry.unit(kind),
+                layers=names,
+                layer_stride=_stride(table, spec),
+                block_stride=geometry.unit(Kind.SSM if table is states else Kind.KV),
+                offset=offset,
             )
-            for kind, stride in ((Kind.KV, page), (Kind.SSM, state))
+            for table in tables
+            for offset, spec, names in _placed(table)
         ],
-        kv_cache_groups=[KVCacheGroupSpec(list(layers[kind]), shared[kind]) for kind in Kind],
+        kv_cache_groups=[
+            KVCacheGroupSpec(list(table.specs), table.shared_spec()) for table in tables
+        ],
         prefix_cache_retention_interval=(vllm_config.cache_config.prefix_cache_retention_interval),
         geometry=geometry,
+        layer_specs=dict(specs),
     )
 
 
-def _only_spec(kind: Kind, layers: dict[str, KVCacheSpec]) -> KVCacheSpec:
-    """The spec that all layers of a kind share."""
-    if not layers:
-        raise ConfigError(
-            f"the model has no {kind.name} layer: AVMP manages models that mix attention and SSM "
-            "layers; use --block-manager default"
-        )
-    first = next(iter(layers.values()))
-    for name, spec in layers.items():
-        if spec != first:
-            raise ConfigError(
-                f"layer {name} has another {kind.name} layout than the first: {spec} against "
-                f"{first}; AVMP takes one layout of each kind, use --block-manager default"
-            )
-    return replace(first)
+def _round_up(value: int, unit: int) -> int:
+    return ceil_div(value, unit) * unit
+
+
+def _stride(table: Layers, spec: KVCacheSpec) -> int:
+    """Bytes from one layer of a layout to the next."""
+    unit = STATE_ALIGNMENT if table.role is Role.STATE else 1
+    return _round_up(spec.page_size_bytes, unit)
+
+
+def _placed(table: Layers) -> Iterator[tuple[int, KVCacheSpec, list[str]]]:
+    """Offset in the page, spec and layers of each layout."""
+    offset = 0
+    for spec, names in table.layouts():
+        yield offset, spec, names
+        offset = _round_up(offset + len(names) * _stride(table, spec), LAYOUT_ALIGNMENT)
+
+
+def _bytes(table: Layers) -> int:
+    """Bytes of a page of all layers of a block table."""
+    (*_, (offset, spec, names)) = _placed(table)
+    return offset + len(names) * _stride(table, spec)
+
+
+def _page_alignment(paged: list[Layers]) -> int:
+    """What the bytes of a KV page must be a multiple of."""
+    return lcm(*(s.get_block_stride_alignment() for t in paged for s in t.specs.values()))

@@ -7,21 +7,34 @@ is what its planning functions answer for those sizes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import (
+    KVCacheConfig,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+)
 
-from avmp_vllm.core import Kind
+from avmp_vllm.core import Kind, PageGroup
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
-from avmp_vllm.engine.layout.groups import group_of
+from avmp_vllm.engine.layout.groups import (
+    Role,
+    checkpoint_spacing,
+    first_spec,
+    group_of,
+    kind_of_spec,
+    role_of,
+    state_spec,
+)
+from avmp_vllm.engine.layout.limits import most_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,44 +42,56 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 
-def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> StockPlan:
-    """Plan the same layers and bytes as stock vLLM does."""
-    specs = {kind: group_of(kv_cache_config, kind).kv_cache_spec for kind in Kind}
-    kv, ssm = specs[Kind.KV], specs[Kind.SSM]
-    cache = copy.copy(vllm_config.cache_config)
-    unit = _stock_unit(vllm_config)
-    tokens = stock_block_tokens(kv.block_size, kv.page_size_bytes, ssm.page_size_bytes, unit)
-    page = kv.page_size_bytes // kv.block_size * tokens
-    inflated: dict[str, KVCacheSpec] = {}
-    for kind in Kind:
-        spec = (
-            replace(kv, block_size=tokens)
-            if kind is Kind.KV
-            else replace(
-                ssm,
-                page_size_padded=page,
-                block_size=tokens if cache.mamba_cache_mode == "align" else ssm.block_size,
-            )
+def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> StockPlan | None:
+    """Plan the same layers and bytes as stock vLLM does; None for layers that it cannot plan."""
+    specs = kv_cache_config.layer_specs
+    states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
+    slots = first_spec(group_of(kv_cache_config, Kind.KV).kv_cache_spec)
+    tokens = stock_block_tokens(
+        slots.block_size,
+        slots.page_size_bytes,
+        max(state.page_size_bytes for state in states),
+        _stock_unit(vllm_config, slots),
+    )
+    page = slots.page_size_bytes // slots.block_size * tokens
+    aligned = vllm_config.cache_config.mamba_cache_mode == "align"
+    inflated = {name: _inflated(name, spec, tokens, page, aligned) for name, spec in specs.items()}
+    try:
+        groups = kv_cache_utils.get_kv_cache_groups(vllm_config, inflated)
+        planned: KVCacheConfig = kv_cache_utils.get_kv_cache_config_from_groups(
+            vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
         )
-        inflated |= dict.fromkeys(group_of(kv_cache_config, kind).layer_names, spec)
-    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, inflated)
-    planned: KVCacheConfig = kv_cache_utils.get_kv_cache_config_from_groups(
-        vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
-    )
-    ssm_groups = [g for g in groups if hasattr(g.kv_cache_spec, "mamba_cache_mode")]
-    state = ssm_groups[0].kv_cache_spec
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        logger.debug("AVMP: stock vLLM cannot plan these layers: %s", error)
+        return None
+    firsts = [first_spec(group.kv_cache_spec) for group in groups]
+    held = next(spec for spec in firsts if isinstance(spec, MambaSpec))
     return StockPlan(
-        block_tokens=tokens,
+        groups=tuple(
+            PageGroup(spec.block_size, most_pages(vllm_config, role_of("", spec), spec))
+            for spec in firsts
+            if not isinstance(spec, MambaSpec)
+        ),
+        ssm_groups=sum(isinstance(spec, MambaSpec) for spec in firsts),
+        states=ceil_div(held.max_memory_usage_bytes(vllm_config), held.page_size_bytes),
         blocks=planned.num_blocks - 1,
-        kv_groups=len(groups) - len(ssm_groups),
-        ssm_groups=len(ssm_groups),
-        states=ceil_div(state.max_memory_usage_bytes(vllm_config), state.page_size_bytes),
     )
 
 
-def _stock_unit(vllm_config: VllmConfig) -> int:
-    """Block size that stock vLLM would start from."""
+def _inflated(name: str, spec: KVCacheSpec, tokens: int, page: int, aligned: bool) -> KVCacheSpec:
+    """What a layer's spec would be under stock vLLM's block."""
+    if isinstance(spec, MambaSpec):
+        return replace(
+            spec, page_size_padded=page, block_size=tokens if aligned else spec.block_size
+        )
+    return spec if role_of(name, spec) is Role.RING else spec.copy_with_new_block_size(tokens)
+
+
+def _stock_unit(vllm_config: VllmConfig, slots: KVCacheSpec) -> int:
+    """Tokens that stock vLLM's block would be a multiple of."""
     cache = vllm_config.cache_config
+    if isinstance(slots, MLAAttentionSpec):
+        return max(128, cache.block_size if cache.user_specified_block_size else 0)
     if cache.user_specified_block_size:
         return cache.block_size
     return 128 if vllm_config.device_config.device_type == "cpu" else 16
@@ -74,8 +99,17 @@ def _stock_unit(vllm_config: VllmConfig) -> int:
 
 def states_per_sequence(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> int:
     """Blocks that vLLM reckons a running request holds: one, or two with prefix caching."""
-    spec = group_of(kv_cache_config, Kind.SSM).kv_cache_spec
+    spec = state_spec(kv_cache_config)
     return ceil_div(spec.max_memory_usage_bytes(vllm_config), spec.page_size_bytes)
+
+
+def _stock_line(stock: StockPlan | None) -> str:
+    if stock is None:
+        return "stock vLLM: cannot plan these layers"
+    return (
+        f"stock vLLM: block of {stock.block_tokens} tokens, {stock.blocks:,} usable blocks, "
+        f"{stock.tables} block tables"
+    )
 
 
 def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[str]:
@@ -86,29 +120,39 @@ def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[
     states = states_per_sequence(vllm_config, kv_cache_config)
     longest = vllm_config.model_config.max_model_len
     checkpoints = (
-        f"a state is kept every {group_of(kv_cache_config, Kind.SSM).kv_cache_spec.block_size} "
+        f"a state is kept every {checkpoint_spacing(kv_cache_config)} "
         f"tokens, prefix hits land on {geometry.page_tokens}"
         if vllm_config.cache_config.mamba_cache_mode == "align"
         else "off"
     )
+    first, *more = (
+        group
+        for group in kv_cache_config.kv_cache_groups
+        if kind_of_spec(group.kv_cache_spec) is Kind.KV
+    )
     lines = [
         f"AVMP arena: {geometry.arena_bytes:,} bytes, one buffer, two pools, no fixed split",
         f"  KV page    {geometry.page_bytes:>12,} bytes  {geometry.page_tokens} tokens of "
-        f"{len(group_of(kv_cache_config, Kind.KV).layer_names)} attention layers; at most "
-        f"{geometry.page_limit:,} pages = {geometry.page_limit * geometry.page_tokens:,} tokens",
+        f"{len(first.layer_names)} attention layers; at most "
+        f"{geometry.page_limit:,} pages = {geometry.longest(0):,} tokens",
+        *(
+            f"             and for {len(group.layer_names)} more: {pages.page_tokens} tokens, "
+            + (f"at most {pages.most:,} pages a request" if pages.most else "a page each")
+            for group, pages in zip(more, geometry.more_groups, strict=True)
+        ),
         f"  SSM block  {geometry.block_bytes:>12,} bytes  one state of "
         f"{len(group_of(kv_cache_config, Kind.SSM).layer_names)} SSM layers; at most "
         f"{geometry.block_limit:,} blocks",
         f"  prefix cache: {checkpoints}",
-        f"  stock vLLM: block of {stock.block_tokens} tokens, {stock.blocks:,} usable blocks, "
-        f"{stock.kv_groups + stock.ssm_groups} block tables; AVMP has 2",
+        f"  {_stock_line(stock)}; AVMP has {len(kv_cache_config.kv_cache_groups)} block tables",
         f"  {'tokens each':>13} {'sequences':>10} {'tokens':>12} {'stock seqs':>11}  larger part",
     ]
     lengths = dict.fromkeys(min(length, longest) for length in (256, 4096, longest))
     for tokens in lengths:
         fit = geometry.sequences(tokens, states)
         lines.append(
-            f"  {tokens:>13,} {fit:>10,} {fit * tokens:>12,} {stock.sequences(tokens):>11,}  "
+            f"  {tokens:>13,} {fit:>10,} {fit * tokens:>12,} "
+            f"{f'{stock.sequences(tokens):,}' if stock else '-':>11}  "
             f"{binding_pool(geometry, tokens, states).name}"
         )
     return lines

@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    SlidingWindowSpec,
+)
 
-from avmp_vllm.core import Geometry, Kind
-from avmp_vllm.engine.layout.groups import group_of
+from avmp_vllm.core import Geometry
+from avmp_vllm.engine.layout.groups import Role, state_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -16,6 +21,18 @@ if TYPE_CHECKING:
     from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 
 logger = init_logger("vllm." + __name__)
+
+
+def most_pages(vllm_config: VllmConfig, role: Role, spec: KVCacheSpec) -> int | None:
+    """Most KV pages that a request holds of a cache; None if one for every so many tokens."""
+    if role is Role.RING:
+        return 1
+    if isinstance(spec, (SlidingWindowSpec, ChunkedLocalAttentionSpec)):
+        return spec.max_admission_blocks_per_request(
+            max_in_flight_tokens=vllm_config.max_in_flight_tokens,
+            max_model_len=vllm_config.model_config.max_model_len,
+        )
+    return None
 
 
 def blocks_per_request(spec: MambaSpec, steps: int) -> int:
@@ -43,13 +60,9 @@ def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> 
     """
     model, geometry = vllm_config.model_config, kv_cache_config.geometry
     assert geometry is not None
-    blocks = blocks_per_request(
-        group_of(kv_cache_config, Kind.SSM).kv_cache_spec, vllm_config.max_concurrent_batches
-    )
+    blocks = blocks_per_request(state_spec(kv_cache_config), vllm_config.max_concurrent_batches)
     if model.original_max_model_len == -1:
-        fixed = (geometry.null_blocks + blocks) * geometry.block_bytes
-        room = geometry.pages * geometry.page_bytes - fixed
-        longest = max(room, 0) // geometry.page_bytes * geometry.page_tokens
+        longest = geometry.longest(blocks)
         if 0 < longest < model.max_model_len:
             logger.info("AVMP: max_model_len reduced to %d, which the arena holds", longest)
             model.max_model_len = longest

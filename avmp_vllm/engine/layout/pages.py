@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
+from vllm.config.vllm import set_current_vllm_config
 from vllm.v1.attention.backend import MultipleOf
 
 from avmp_vllm.core.geometry import ceil_div
@@ -23,12 +25,14 @@ def align_hybrid_block_size(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``Platform._align_hybrid_block_size``: keep both kinds of page at their exact size."""
 
     @last_line.left_by(ConfigError)
-    def wrapper(cls: type, vllm_config: VllmConfig, backend_cls: type[AttentionBackend]) -> None:
+    def wrapper(cls: Any, vllm_config: VllmConfig, backend_cls: type[AttentionBackend]) -> None:
         config = selected(vllm_config.additional_config)
         if config is None:
             return stock(cls, vllm_config, backend_cls)
         cache = vllm_config.cache_config
-        cache.block_size = page_tokens(config, cache, backend_cls)
+        backends = cls._find_non_ssm_backends(vllm_config) or [backend_cls]
+        with set_current_vllm_config(vllm_config):
+            cache.block_size = page_tokens(config, cache, backends)
         cache.mamba_page_size_padded = None
         if cache.mamba_cache_mode == "align":
             cache.mamba_block_size = checkpoint_tokens(config, cache)
@@ -37,33 +41,47 @@ def align_hybrid_block_size(stock: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def page_tokens(config: AVMPConfig, cache: CacheConfig, backend_cls: type[AttentionBackend]) -> int:
-    """Tokens of a KV page: what the user asks for, else the least that the backend takes.
+def page_tokens(
+    config: AVMPConfig, cache: CacheConfig, backends: Sequence[type[AttentionBackend]]
+) -> int:
+    """Tokens of a KV page: what the user asks for, else the least that every backend takes.
+
+    Args:
+        config: AVMP's options.
+        cache: vLLM's options.
+        backends: Of all layers with pages.
 
     Raises:
-        ConfigError: The backend does not take pages of that size.
+        ConfigError: A backend does not take pages of that size.
     """
-    least = min(
-        size.base if isinstance(size, MultipleOf) else size
-        for size in backend_cls.get_supported_kernel_block_sizes()
-    )
-    least = max(least, 16)
+    least = lcm(*map(_least_tokens, backends))
     if config.page_tokens is not None:
         option, value = "page_tokens", config.page_tokens
     elif cache.user_specified_block_size:
         option, value = "--block-size", cache.block_size
     else:
         return least
-    if not backend_cls.supports_block_size(value) or value % least:
+    if value % least or not _all_take(backends, value):
         nearest = ceil_div(value, least) * least
-        while not backend_cls.supports_block_size(nearest):
+        while not _all_take(backends, nearest):
             nearest += least
         resolved = ", set kernels to 'resolved'" if config.kernels == "handles" else ""
+        names = " and ".join(dict.fromkeys(backend.get_name() for backend in backends))
         raise ConfigError(
-            f"{option} = {value}: {backend_cls.get_name()} takes pages of a multiple of {least} "
+            f"{option} = {value}: {names} takes pages of a multiple of {least} "
             f"tokens; choose {nearest}{resolved}, or leave the option out"
         )
     return value
+
+
+def _least_tokens(backend: type[AttentionBackend]) -> int:
+    """The smallest page that a backend takes, at least 16 tokens."""
+    sizes = backend.get_supported_kernel_block_sizes() or [MultipleOf(1)]
+    return max(min(size.base if isinstance(size, MultipleOf) else size for size in sizes), 16)
+
+
+def _all_take(backends: Sequence[type[AttentionBackend]], tokens: int) -> bool:
+    return all(backend.supports_block_size(tokens) for backend in backends)
 
 
 def checkpoint_tokens(config: AVMPConfig, cache: CacheConfig) -> int:

@@ -65,6 +65,7 @@ class Checkpoints:
         arena: The allocator, which asks here what goes next.
         pools: By kind.
         page_tokens: Of a KV page, which is what hashes are made of.
+        tables: Block tables that have a page for every so many tokens.
         cut_tokens: As in ``StateKeeper``.
         answer_tokens: A running answer's state moves on every so many tokens, rounded up to whole
             pages; 0 keeps none.
@@ -81,18 +82,20 @@ class Checkpoints:
         arena: Arena,
         pools: dict[Kind, AVMPBlockPool],
         page_tokens: int,
+        tables: int,
         cut_tokens: int,
         answer_tokens: int,
     ) -> None:
         geometry = arena.geometry
         self.keeper = StateKeeper(
-            geometry.page_bytes, geometry.block_bytes, page_tokens, cut_tokens
+            geometry.page_bytes * tables, geometry.block_bytes, page_tokens, cut_tokens
         )
         self.nodes: dict[int, Node] = {}
         self.pages: set[int] = set()
         self.arena = arena
         self._pools = pools
         self._page_tokens = page_tokens
+        self._tables = tables
         # Prefixes end at pages.
         self._answer_tokens = ceil_div(answer_tokens, page_tokens) * page_tokens
         self._intents: dict[str, tuple[Request, Intent]] = {}
@@ -206,7 +209,11 @@ class Checkpoints:
     # -- states ------------------------------------------------------------------------------------
 
     def published(
-        self, request: Request, state: KVCacheBlock, position: int, pages: Sequence[KVCacheBlock]
+        self,
+        request: Request,
+        state: KVCacheBlock,
+        position: int,
+        tables: Sequence[Sequence[KVCacheBlock]],
     ) -> None:
         """A request's state has been entered into the prefix cache.
 
@@ -214,7 +221,7 @@ class Checkpoints:
             request: The request.
             state: The block with the state.
             position: Where it stands.
-            pages: The request's KV pages, all of them.
+            tables: The request's KV pages, all of them, in each block table.
         """
         visit = self._visits.get(request.request_id)
         if visit is None or position <= visit.node.position:
@@ -223,7 +230,11 @@ class Checkpoints:
         origin = visit.stops.pop(position, Origin.ANSWER)
         record = keeper.record(request.block_hashes[position // page - 1], origin, visit.turns)
         below = visit.node
-        own = [block.block_id for block in pages[below.position // page : position // page]]
+        part = slice(below.position // page, position // page)
+        # Table by table within a page of tokens, so that joined runs of pages stay in order.
+        own = [
+            block.block_id for row in zip(*(t[part] for t in tables), strict=True) for block in row
+        ]
         node = keeper.tree.add(below, position, own, state.block_id)
         visit.node = node
         self.nodes[state.block_id] = node
@@ -249,8 +260,8 @@ class Checkpoints:
         if self.arena.is_cached(block.block_id):
             self.arena.drop(block.block_id)
 
-    def pages_of(self, state: int) -> list[int] | None:
-        """The KV pages of a kept state's prefix, None for a state that is not kept."""
+    def pages_of(self, state: int) -> list[list[int]] | None:
+        """The KV pages of a kept state's prefix by table, None for a state that is not kept."""
         node: Node | None = self.nodes.get(state)
         if node is None:
             return None
@@ -258,7 +269,8 @@ class Checkpoints:
         while node is not None:
             parts.append(node.pages)
             node = node.parent
-        return [page for part in reversed(parts) for page in part]
+        pages = [page for part in reversed(parts) for page in part]
+        return [pages[table :: self._tables] for table in range(self._tables)]
 
     def renamed(self, old: int, new: int) -> None:
         """A state has moved to another block."""

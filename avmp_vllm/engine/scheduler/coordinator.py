@@ -23,7 +23,7 @@ from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
-from avmp_vllm.engine.layout.groups import kind_of_spec
+from avmp_vllm.engine.layout.groups import Role, kind_of_spec, role_of
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.checkpoints import Checkpoints
 from avmp_vllm.engine.scheduler.state_manager import ROLE, StateManager
@@ -104,8 +104,27 @@ class DualPoolCoordinator(KVCacheCoordinator):
             manager.block_pool = self.pools[kind]
             manager._null_block = self.pools[kind].null_block
         self.checkpoints: Checkpoints | None = None
-        if stock.enable_caching and self.retention_interval == 0:
+        #: Groups with a page for every so many tokens, which a prefix hit needs all of.
+        self.slots = self._slot_groups()
+        if stock.enable_caching and self.retention_interval == 0 and self.slots:
             self._keep_checkpoints(config)
+
+    def _slot_groups(self) -> list[int]:
+        """KV groups whose pages a prefix hit needs; none if it needs windows, too.
+
+        A kept state keeps the pages of its whole prefix. A window's pages at a position are not
+        those of any longer prefix, so the tree of prefixes has no place for them.
+        """
+        hash_tokens = self.block_pool.hash_block_size
+        needed = [
+            (index, group.kv_cache_spec)
+            for index, group in enumerate(self.kv_cache_config.kv_cache_groups)
+            if self.kinds[index] is Kind.KV and group.kv_cache_spec.prefix_cacheable
+        ]
+        plain = all(
+            role_of("", spec) is Role.SLOTS and spec.block_size == hash_tokens for _, spec in needed
+        )
+        return [index for index, _ in needed] if plain else []
 
     def _keep_checkpoints(self, config: AVMPConfig) -> None:
         """Let the worth of states decide what is kept."""
@@ -113,6 +132,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
             self.arena,
             self.pools,
             self.pools[Kind.KV].hash_block_size,
+            len(self.slots),
             config.cut_tokens,
             config.answer_tokens,
         )
@@ -120,13 +140,12 @@ class DualPoolCoordinator(KVCacheCoordinator):
         self.pools[Kind.KV].kept = self.checkpoints.pages
         self.states.kept = self.checkpoints.nodes
         self.states.checkpoints = self.checkpoints
-        pages, self._held_states = (
-            self.single_type_managers[self.kinds.index(kind)].req_to_blocks for kind in Kind
-        )
-        for manager in self.single_type_managers:
+        managers = self.single_type_managers
+        self._held_states = managers[self.kinds.index(Kind.SSM)].req_to_blocks
+        for manager in managers:
             if isinstance(manager, StateManager):
                 manager.checkpoints = self.checkpoints
-                manager.pages = pages
+                manager.tables = [managers[index].req_to_blocks for index in self.slots]
 
     def _evict(self, handles: Sequence[int]) -> None:
         self.pools[kind_of(handles[0])].evict(handles)
@@ -254,11 +273,12 @@ class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):
         """
         hits, length, uncached = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
         if self.checkpoints is not None and length:
-            kv, ssm = (self.kinds.index(kind) for kind in Kind)
-            pages = self.checkpoints.pages_of(hits[ssm][-1].block_id)
-            if pages is not None:
+            state = hits[self.kinds.index(Kind.SSM)][-1]
+            tables = self.checkpoints.pages_of(state.block_id)
+            if tables is not None:
                 blocks = self.pools[Kind.KV].blocks
-                hits[kv][:] = [blocks[page] for page in pages]
+                for index, pages in zip(self.slots, tables, strict=True):
+                    hits[index][:] = [blocks[page] for page in pages]
         return hits, length, uncached
 
 

@@ -59,7 +59,12 @@ class AVMPBlockSpaceManager(KVCacheManager):
         if self.enable_caching:
             # A running state moves to a new block at each checkpoint, and frees the old one after.
             self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
-        self._growth_pages = ceil_div(config.growth_tokens, self.geometry.page_tokens)
+        # A ring does not grow.
+        self._growth_pages = sum(
+            ceil_div(config.growth_tokens, group.page_tokens)
+            for group in self.geometry.groups
+            if group.most != 1
+        )
         self._holders = self.coordinator.single_type_managers[
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks

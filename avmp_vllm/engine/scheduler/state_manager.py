@@ -32,7 +32,7 @@ class StateManager(MambaManager):
 
     Attributes:
         checkpoints: What decides which states are kept; None where vLLM's own rules do.
-        pages: KV pages of each request, from the manager of the other pool.
+        tables: KV pages of each request, for each block table with a page for every so many tokens.
         copied: Copies of states so far, by cause: of a running answer, to keep it; of a state that
             a prompt has made or begins at, before it is overwritten.
     """
@@ -42,7 +42,7 @@ class StateManager(MambaManager):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.checkpoints: Checkpoints | None = None
-        self.pages: Mapping[str, Sequence[KVCacheBlock]] = {}
+        self.tables: Sequence[Mapping[str, Sequence[KVCacheBlock]]] = ()
         self.copied = dict.fromkeys(COPY_CAUSES, 0)
         # Where the state of a running answer stands that is to be copied, and its copy.
         self._due: dict[str, int] = {}
@@ -223,8 +223,8 @@ class StateManager(MambaManager):
 
     def _tell(self, request: Request, state: KVCacheBlock, position: int) -> None:
         if self.checkpoints is not None and state.block_hash_num_tokens == position:
-            pages = self.pages[request.request_id]
-            self.checkpoints.published(request, state, position, pages)
+            tables = [pages[request.request_id] for pages in self.tables]
+            self.checkpoints.published(request, state, position, tables)
 
 
 KVCacheSpecRegistry.register_role_manager(ROLE, StateManager)

@@ -28,7 +28,7 @@ def least_bytes(geometry: Geometry, sequences: int) -> int:
         geometry: For its page sizes.
         sequences: At least 1.
     """
-    pages = sequences + 1
+    pages = sequences * len(geometry.groups) + 1
     return pages * geometry.page_bytes + (geometry.null_blocks + sequences) * geometry.block_bytes
 
 

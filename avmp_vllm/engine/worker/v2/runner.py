@@ -22,7 +22,7 @@ from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.handles import selection as handle_kernels
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
-from avmp_vllm.engine.layout.groups import kind_of_spec
+from avmp_vllm.engine.layout.groups import first_spec, kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
 from avmp_vllm.engine.worker.plans import PlanApplier, bytes_behind
 from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
@@ -72,7 +72,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
             self._page_table,
             by_handle=[self._by_handle and handle_kernels.takes_handles(spec) for spec in specs],
             keep_rows=any(
-                isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align" for spec in specs
+                isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align"
+                for spec in map(first_spec, specs)
             ),
         )
 
