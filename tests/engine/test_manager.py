@@ -23,7 +23,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256_cbor
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core import kv_cache_utils
-from vllm.v1.core.kv_cache_utils import get_block_hash, maybe_convert_block_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_block_hash,
+    make_block_hash_with_group_id,
+    maybe_convert_block_hash,
+)
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
@@ -169,6 +173,7 @@ class Driver:
         self.apply(output)
         for new in output.scheduled_new_reqs:
             self.hits.setdefault(new.req_id, new.num_computed_tokens)
+            self.check_hit(self.scheduler.requests[new.req_id], new.num_computed_tokens)
         requests = self.scheduler.requests
         # A step that computed a request's last known token is followed by a new one.
         tokens = [
@@ -179,6 +184,15 @@ class Driver:
         if len(self._running) > self._ahead or not tokens:
             self._finish(*self._running.popleft())
         return output
+
+    def check_hit(self, request: Request, tokens: int) -> None:
+        """A prefix hit has the pages of its prefix, in every table with a slot for each token."""
+        coordinator = self.manager.coordinator
+        for group in coordinator.slots:
+            blocks = coordinator.single_type_managers[group].req_to_blocks[request.request_id]
+            for index, block in enumerate(blocks[: tokens // PAGE_TOKENS]):
+                known = make_block_hash_with_group_id(request.block_hashes[index], group)
+                assert block.block_hash == known
 
     def _finish(self, output: SchedulerOutput, tokens: list[list[int]]) -> None:
         """Hand a step's tokens to the scheduler."""
