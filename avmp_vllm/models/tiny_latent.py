@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from avmp_vllm.models.checkpoint import special_token_ids, write_weights
 
@@ -37,6 +37,9 @@ class BailingHybridConfig(PretrainedConfig):  # type: ignore[misc]
     """Ling and Ring 2.5, whose config class is published with their checkpoints only."""
 
     model_type = "bailing_hybrid"
+
+
+AutoConfig.register(BailingHybridConfig.model_type, BailingHybridConfig, exist_ok=True)
 
 
 def write_tiny_kimi_linear(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:

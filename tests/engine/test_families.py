@@ -8,13 +8,12 @@ place, under stock vLLM as under AVMP: see ``standins``. Jamba and Granite are i
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
-import mixed_jamba
+import numpy as np
 import pytest
-import standins
 from enginelib import (
     AMPLE,
     assert_nothing_held,
@@ -24,59 +23,16 @@ from enginelib import (
     mixed_prompts,
     runner_of,
 )
+from hybrids import COUNT, FAMILIES, LONGEST, NEW_TOKENS, layers_of
 
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+from avmp_vllm.backing.torch_buffer import TorchBuffer
+from avmp_vllm.core import Kind, MovePlan
 from avmp_vllm.engine.layout import arena
-from avmp_vllm.engine.worker.v1 import block_tables
-from avmp_vllm.models import tiny_hybrids, tiny_latent
+from avmp_vllm.engine.worker.v1.runner import MovePlanRunnerMixin
 
-_COUNT, _NEW_TOKENS = 8, 12
-_PROMPTS = mixed_prompts(1, _COUNT)
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A family in the tests.
-
-    Attributes:
-        write: Writes its tiny checkpoint.
-        tight: Bytes of an arena in which the prompts preempt, migrate and relocate.
-        tables: Block tables under AVMP.
-        layouts: Of KV pages and of states.
-    """
-
-    write: Callable[[Any], Any]
-    tight: int
-    tables: int = 2
-    layouts: tuple[int, int] = (1, 1)
-
-
-def _mixed(name: str) -> Callable[[Any], Any]:
-    return lambda path: mixed_jamba.write(path, name)
-
-
-FAMILIES = {
-    "nemotron_h": Family(tiny_hybrids.write_tiny_nemotron_h, 500_000),
-    "falcon_h1": Family(tiny_hybrids.write_tiny_falcon_h1, 900_000),
-    "zamba2": Family(tiny_hybrids.write_tiny_zamba2, 1_800_000),
-    "lfm2": Family(tiny_hybrids.write_tiny_lfm2, 420_000),
-    "qwen3_next": Family(tiny_hybrids.write_tiny_qwen3_next, 500_000),
-    "qwen3_5": Family(tiny_hybrids.write_tiny_qwen3_5, 500_000),
-    "kimi_linear": Family(tiny_latent.write_tiny_kimi_linear, 300_000),
-    "bailing_2_5": Family(tiny_latent.write_tiny_bailing_2_5, 300_000),
-    "mixed_kv": Family(_mixed("kv"), 1_100_000, layouts=(3, 1)),
-    "mixed_states": Family(_mixed("states"), 1_000_000, layouts=(1, 3)),
-    "mixed_window": Family(_mixed("window"), 1_000_000, tables=3, layouts=(2, 1)),
-    "mixed_mixed": Family(_mixed("mixed"), 1_100_000, tables=3, layouts=(4, 3)),
-}
-
-
-@contextlib.contextmanager
-def layers_of(name: str) -> Iterator[None]:
-    """Have engines that start here build a family's layers."""
-    with standins.installed(name), contextlib.ExitStack() as stack:
-        if name.startswith("mixed_"):
-            stack.enter_context(mixed_jamba.installed())
-        yield
+_PROMPTS = mixed_prompts(1, COUNT)
 
 
 class Checkpoints:
@@ -98,7 +54,7 @@ class Checkpoints:
         """Stock vLLM's, without prefix cache or pressure."""
         if name not in self._answers:
             with layers_of(name), engine(self.path(name)) as llm:
-                self._answers[name] = greedy(llm, _PROMPTS, _NEW_TOKENS)
+                self._answers[name] = greedy(llm, _PROMPTS, NEW_TOKENS)
         return self._answers[name]
 
 
@@ -117,7 +73,8 @@ def serving(checkpoints: Checkpoints, name: str, **options: Any) -> Iterator[Any
         "growth_tokens": 0,
         **options.pop("avmp", {}),
     }
-    with layers_of(name), engine(checkpoints.path(name), avmp=avmp, **options) as llm:
+    model = checkpoints.path(name)
+    with layers_of(name), engine(model, avmp=avmp, max_model_len=LONGEST, **options) as llm:
         yield llm
 
 
@@ -125,16 +82,16 @@ def serving(checkpoints: Checkpoints, name: str, **options: Any) -> Iterator[Any
 def test_answers_equal_stock(checkpoints, name):
     """Cache off and on, ample and tight; with a cache two rounds, the second in opposite order."""
     family, expected = FAMILIES[name], checkpoints.answers(name)
-    assert len({tuple(answer) for (answer,) in expected}) == _COUNT
+    assert len({tuple(answer) for (answer,) in expected}) == COUNT
     moved = preempted = 0
     for memory in (AMPLE, family.tight):
         for caching in (False, True):
             with serving(
                 checkpoints, name, kv_cache_memory_bytes=memory, enable_prefix_caching=caching
             ) as llm:
-                assert greedy(llm, _PROMPTS, _NEW_TOKENS) == expected
+                assert greedy(llm, _PROMPTS, NEW_TOKENS) == expected
                 if caching:
-                    assert greedy(llm, _PROMPTS[::-1], _NEW_TOKENS)[::-1] == expected
+                    assert greedy(llm, _PROMPTS[::-1], NEW_TOKENS)[::-1] == expected
                 assert_nothing_held(llm)
                 did = counted(llm)
                 hits = sum(
@@ -154,34 +111,65 @@ def test_answers_equal_stock(checkpoints, name):
     assert preempted
 
 
-def _forget_offsets(monkeypatch):
-    """Every layout of a page begins at its first byte."""
-    placed = arena._placed
-
-    def forgetful(table):
-        return ((0, spec, names) for _, spec, names in placed(table))
-
-    bytes_of = {}
-
-    def remembered(table):
-        (*_, (offset, spec, names)) = placed(table)
-        return bytes_of.setdefault(id(table), offset + len(names) * arena._stride(table, spec))
-
-    monkeypatch.setattr(arena, "_bytes", remembered)
-    monkeypatch.setattr(arena, "_placed", forgetful)
+def _offsets_forgotten(monkeypatch):
+    """Every layout begins at the first byte of its page."""
+    made = arena.KVCacheTensor
+    monkeypatch.setattr(arena, "KVCacheTensor", lambda **f: made(**{**f, "offset": 0}))
 
 
-def _leave_windows_unresolved(monkeypatch):
-    """The window's block table is never filled for kernels: it reads the null page."""
-    copied = block_tables.HandleBuffer.copy_to_gpu
+def _first_layout_of_states_alone(monkeypatch):
+    """A relocated state leaves the bytes of its other layouts behind."""
+    applied = TorchBuffer.apply
 
-    def copy(self, rows=None):
-        windows = _leave_windows_unresolved.tables
-        if self._table not in windows and self._table.block_size == 32:
-            windows.append(self._table)
-        if windows.index(self._table) == 1 if self._table in windows else False:
-            return self.gpu[: len(self.np) if rows is None else rows]
-        return copied(self, rows)
+    def apply(self, plan):
+        for move in plan.relocations:
+            words = self._words[self.page(move.kind, move.target)]
+            before = words.copy()
+            applied(self, MovePlan(plan.number, relocations=[move]))
+            if move.kind is Kind.SSM:
+                kept = FAMILIES["mixed_states"].first_layout // words.itemsize
+                words[kept:] = before[kept:]
+        plan.relocations = []
+        applied(self, plan)
 
-    _leave_windows_unresolved.tables = []
-    monkeypatch.setattr(block_tables.HandleBuffer, "copy_to_gpu", copy)
+    monkeypatch.setattr(TorchBuffer, "apply", apply)
+
+
+def _window_not_resolved(monkeypatch):
+    """Kernels find the window's handles in place of its pages."""
+    made = MovePlanRunnerMixin.initialize_kv_cache
+    by_handle = SimpleNamespace(resolve=lambda kind, handles, out: np.copyto(out, handles))
+
+    def make(self, kv_cache_config, *args, **kwargs):
+        made(self, kv_cache_config, *args, **kwargs)
+        tables = self.input_batch.block_table.block_tables
+        for group, table in zip(kv_cache_config.kv_cache_groups, tables, strict=True):
+            if isinstance(group.kv_cache_spec, SlidingWindowSpec):
+                table.block_table._page_table = by_handle
+
+    monkeypatch.setattr(MovePlanRunnerMixin, "initialize_kv_cache", make)
+
+
+@pytest.mark.parametrize(
+    ("name", "breakage"),
+    [
+        pytest.param("mixed_kv", _offsets_forgotten, id="offsets-of-pages"),
+        pytest.param("mixed_states", _offsets_forgotten, id="offsets-of-states"),
+        pytest.param("mixed_states", _first_layout_of_states_alone, id="second-layout"),
+        pytest.param("mixed_window", _window_not_resolved, id="window-by-handle"),
+    ],
+)
+def test_control_what_is_left_out_changes_answers(checkpoints, monkeypatch, name, breakage):
+    """The test above would notice."""
+    expected = checkpoints.answers(name)
+    breakage(monkeypatch)
+    with serving(
+        checkpoints,
+        name,
+        kv_cache_memory_bytes=FAMILIES[name].tight,
+        enable_prefix_caching=True,
+        avmp={"verify": False},
+    ) as llm:
+        answers = greedy(llm, _PROMPTS, NEW_TOKENS)
+        assert sum(counted(llm).statistics.relocations.values())
+    assert answers != expected

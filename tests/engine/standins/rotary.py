@@ -21,7 +21,11 @@ def rotary_embedding(
     **kwargs: Any,
 ) -> None:
     """Rotate query and key in place, by way of copies with all heads in one dimension."""
-    flat = [None if each is None else each.flatten(1).contiguous() for each in (query, key)]
+    whole = torch.contiguous_format
+    flat = [
+        None if each is None else each.flatten(1).clone(memory_format=whole)
+        for each in (query, key)
+    ]
     _STOCK(positions, *flat, *args, **kwargs)
     for each, rotated in zip((query, key), flat, strict=True):
         if each is not None:

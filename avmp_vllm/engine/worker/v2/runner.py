@@ -81,6 +81,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
         self, kv_cache_config: AVMPCacheConfig, is_profiling: bool = False, **kwargs: Any
     ) -> None:
         """Make the cache, and what applies move plans to it."""
+        if self._by_handle:
+            handle_kernels.check_groups(kv_cache_config)
         super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
         geometry = kv_cache_config.geometry
         assert geometry is not None
