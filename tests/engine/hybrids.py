@@ -53,7 +53,7 @@ FAMILIES = {
     "mixed_states": Family(
         _mixed("states"), 1_000_000, layouts=(1, 3), first_layout=2 * 256 * (16 + 3) * 4
     ),
-    "mixed_window": Family(_mixed("window"), 1_100_000, tables=5, layouts=(4, 1)),
+    "mixed_window": Family(_mixed("window"), 1_350_000, tables=5, layouts=(4, 1)),
     "mixed_mixed": Family(_mixed("mixed"), 1_530_000, tables=3, layouts=(4, 3)),
 }
 
