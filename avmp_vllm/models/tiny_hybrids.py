@@ -1,7 +1,8 @@
 """Tiny random checkpoints of other families, for tests: hybrids, and one of each extreme.
 
-Hybrids whose attention is latent are in ``tiny_latent.py``. Every function writes a folder, takes ``seed`` and fields of its config class as ``overrides``, and
-returns the folder. Attention heads have 32 channels, the fewest that vLLM's CPU attention takes.
+Hybrids whose attention is latent are in ``tiny_latent.py``. Every function writes a folder, takes
+``seed`` and fields of its config class as ``overrides``, and returns the folder. Attention heads
+have 32 channels, the fewest that vLLM's CPU attention takes.
 """
 
 from __future__ import annotations

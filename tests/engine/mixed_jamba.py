@@ -1,4 +1,4 @@
-"""A made-up Jamba in which layers differ: three layouts of keys and values, three of states, windows.
+"""A made-up Jamba whose layers differ: three layouts of keys and values, three of states, windows.
 
 No model that vLLM registers has all of it. Layers, loading and kernels are Jamba's own; each layer
 is built from a config of its own, in transformers, which writes the checkpoint, and in vLLM.

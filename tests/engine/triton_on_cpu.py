@@ -20,7 +20,6 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 from triton.backends import backends
 
 
-
 class _Driver:
     """Says that there is one, and of what kind, to vLLM's linear attention as it is imported."""
 

@@ -30,7 +30,8 @@ UNCACHED = ("kimi_linear", "mixed_mixed")
 
 def serve(folder: Path, name: str, caching: bool, **options: Any) -> dict[str, Any]:
     """Serve a family in a tight arena; two rounds where the second may hit a cache."""
-    v2_process.WORKLOADS[name] = (FAMILIES[name].tight, LONGEST, caching, (1, COUNT, NEW_TOKENS))
+    memory = FAMILIES[name].arena(caching)
+    v2_process.WORKLOADS[name] = (memory, LONGEST, caching, (1, COUNT, NEW_TOKENS))
     with layers_of(name):
         return v2_process.serve(
             name, str(folder / name), rounds=options.pop("rounds", 1 + caching), **options

@@ -45,9 +45,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, *_: Any, eps: float, **__: A
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def gated_rms_norm(
-    layer: Any, x: torch.Tensor, gate: torch.Tensor | None = None
-) -> torch.Tensor:
+def gated_rms_norm(layer: Any, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
     """Take the place of the norm that follows, whose gate comes afterwards."""
     assert gate is None, "these checkpoints norm in one group, and gate outside"
     return rms_norm(x, layer.weight, eps=layer.eps)
