@@ -199,8 +199,8 @@ def head(
     return (
         f"{mib} MiB, {parameters['rounds']} rounds of {parameters['requests']} requests, "
         f"{parameters['concurrency']} {who} at a time{pause}; "
-        f"good: first token within {goal[0]:.0f} ms and {goal[1]:.1f} ms a token after it; other programs took {min(foreign):.0f} to "
-        f"{max(foreign):.0f}% of the {os.cpu_count()} cores"
+        f"good: first token within {goal[0]:.0f} ms and {goal[1]:.1f} ms a token "
+        f"after it; other programs took {min(foreign):.0f} to {max(foreign):.0f}% of the {os.cpu_count()} cores"
     )
 
 

@@ -36,6 +36,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 def write_model(folder: Path, shape: str) -> Path:
     """Write the checkpoint of a shape below a folder; return it."""
     # Imported here: torch and transformers take seconds, and a help text needs neither.
+    from transformers.utils import logging
+
     from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 
+    logging.disable_progress_bar()
     return write_tiny_jamba(folder / f"tiny-jamba-{shape}", **SHAPES[shape])
