@@ -200,7 +200,8 @@ def head(
         f"{mib} MiB, {parameters['rounds']} rounds of {parameters['requests']} requests, "
         f"{parameters['concurrency']} {who} at a time{pause}; "
         f"good: first token within {goal[0]:.0f} ms and {goal[1]:.1f} ms a token "
-        f"after it; other programs took {min(foreign):.0f} to {max(foreign):.0f}% of the {os.cpu_count()} cores"
+        f"after it; other programs took {min(foreign):.0f} to {max(foreign):.0f}% of the "
+        f"{os.cpu_count()} cores"
     )
 
 
