@@ -119,7 +119,7 @@ class Conversations:
         The line keeps a round from finding its prompts in the cache of the round before.
         """
         load, rng = self._load, random.Random(seed)
-        opening = {"role": "system", "content": f"Conversation group {seed}."}
+        opening = {"role": "system", "content": f"{seed} is the group."}
         chosen: list[Chat] = []
         left = load.requests
         for found in rng.sample(self._chats, len(self._chats)):
