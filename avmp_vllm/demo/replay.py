@@ -24,23 +24,23 @@ class Answer:
     Attributes:
         name: The request's name, with the number of its phase in front.
         text: The answer.
-        token_ids: The same in tokens, where the request asked for them.
         finish_reason: ``length`` or ``stop``; None if the stream broke off.
         prompt_tokens, completion_tokens: As the server counted them.
         ttft_s: Seconds from sending to the first piece; None if none came.
         gaps_s: Seconds between the pieces after it.
         error: What went wrong, or None.
+        token_ids: The answer in tokens, where the request asked for them.
     """
 
     name: str
     text: str = ""
-    token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
     ttft_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     error: str | None = None
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
