@@ -26,7 +26,7 @@ _OUTPUT = Path(".bench/serve.json")
 _REAL = "real"
 ARENA_MIB = {
     models.PADDED: {report.AMPLE: 64, report.TIGHT: 4},
-    models.JAMBA: {report.AMPLE: 256, report.TIGHT: 24},
+    models.JAMBA: {report.AMPLE: 256, report.TIGHT: 12},
     _REAL: {report.AMPLE: 8192, report.TIGHT: 512},
 }
 #: The tiny Jamba of each workload, unless the user says which.
