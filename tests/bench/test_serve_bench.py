@@ -171,6 +171,14 @@ def test_the_baseline_is_stock_s_best_figure_by_figure():
         row for row in report.scenario_table(rounds).splitlines() if "first token p50" in row
     )
     assert "2.000 [1.333, 2.667]  stock " in line
+    assert "the control differs" in line
+    assert "stock better" not in line
+    for one, value in zip(rounds, (1.0, 7.0), strict=True):
+        one["stock-dense-again"]["figures"]["ttft_p50_ms"] = value
+    line = next(
+        row for row in report.scenario_table(rounds).splitlines() if "first token p50" in row
+    )
+    assert "the control differs" not in line
     assert "stock better" in line
 
 
@@ -180,8 +188,12 @@ def test_no_worse_than_the_control_shows():
     ratio = Interval(1.02, 1.01, 1.03)
     assert target.judge(ratio, Interval(1.0, 0.95, 1.05)) == "reached"
     assert target.judge(ratio, Interval(1.0, 0.99, 1.02)) == "open"
-    assert target.judge(ratio, Interval(0.9, 0.85, 0.95)) == "missed"
+    assert target.judge(ratio, Interval(1.0, 0.99, 1.005)) == "missed"
     assert target.judge(ratio) == "missed"
+    # Two servers of one setting differ: the machine was too busy for any verdict.
+    for control in (Interval(0.9, 0.85, 0.95), Interval(1.2, 1.1, 1.3)):
+        assert target.judge(ratio, control) == "not judged"
+        assert target._replace(bound=2.0).judge(ratio, control) == "not judged"
     above = target._replace(above=True)
     assert above.judge(Interval(0.98, 0.97, 0.99), Interval(1.0, 0.96, 1.04)) == "reached"
 

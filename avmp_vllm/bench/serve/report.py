@@ -2,7 +2,8 @@
 
 Which setting of stock is the best is decided figure by figure, by the mean over the rounds: so
 stock has whatever luck the rounds held. The control, a second server of one setting, shows what a
-ratio is worth that stands for no difference at all.
+ratio is worth that stands for no difference at all: where its interval excludes 1, nothing is
+judged.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def baselines(rounds: Rounds) -> dict[str, str]:
     return {row.key: best(rounds, row) for row in ROWS}
 
 
+def noisy(control: Interval | None) -> bool:
+    """Whether two servers of one setting differ, which is the machine's doing."""
+    return control is not None and not control.low <= 1 <= control.high
+
+
 def _ratio(rounds: Rounds, row: Row, side: str, base: str) -> Interval | None:
     return pairs.ratios(rounds, [row], side, base).get(row.key)
 
@@ -105,7 +111,8 @@ def scenario_table(rounds: Rounds) -> str:
         if row.key in ours:
             base = best(rounds, row)
             line += [_shown(ours[row.key]), base]
-            line.append(pairs.verdict(row, ours[row.key], "AVMP", "stock"))
+            said = pairs.verdict(row, ours[row.key], "AVMP", "stock")
+            line.append("the control differs" if noisy(noise.get(row.key)) else said)
         else:
             line += ["-", "-", ""]
         lines.append([*line, _shown(noise[row.key]) if row.key in noise else "-"])
@@ -140,7 +147,12 @@ class Target(NamedTuple):
         return min(1.0, control.low) if self.above else max(1.0, control.high)
 
     def judge(self, ratio: Interval, control: Interval | None = None) -> str:
-        """``reached``, ``missed``, or ``open`` where the interval spans the bound."""
+        """``reached``, ``missed``, or ``open`` where the interval spans the bound.
+
+        ``not judged`` where the control differs from its own setting.
+        """
+        if noisy(control):
+            return "not judged"
         return pairs.judge(ratio, self.bound_by(control), self.above)
 
 
@@ -199,7 +211,10 @@ def lines(scenarios: Mapping[str, Rounds], heads: Mapping[str, str]) -> Iterator
             errors = [error for one in rounds for side in one.values() for error in side["errors"]]
             yield f"FAILED requests: {failed}; for example {errors[0]}"
         yield ""
-    yield "Targets (the whole 95% interval must keep the bound; open: it spans the bound)"
+    yield (
+        "Targets (the whole 95% interval must keep the bound; open: it spans the bound; not "
+        "judged: the control differs from its own setting)"
+    )
     yield table(
         ["target", "AVMP / stock's best", "verdict"],
         [
