@@ -155,9 +155,8 @@ async def _hold(
             "return_token_ids": True,
         }
         await send(session, "/v1/completions", body, answer)
+        if answer.error is None and len(answer.token_ids) != answer_tokens:
+            answer.error = f"{len(answer.token_ids)} tokens came instead of {answer_tokens}"
         if answer.error is not None:
             broken = f"the turn before it failed: {answer.error}"
-        elif len(answer.token_ids) != answer_tokens:
-            answer.error = f"{len(answer.token_ids)} tokens came instead of {answer_tokens}"
-            broken = answer.error
         prompt += answer.token_ids
