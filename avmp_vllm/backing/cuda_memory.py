@@ -31,6 +31,7 @@ class CudaMemory(VirtualMemory):
             self._call("cuInit", 0)
         except RuntimeError as error:  # cuda.bindings found no library, or the library no device
             raise BackingError(f"there is no CUDA driver: {error}") from error
+        self.ordinal = device
         self._device = self._call("cuDeviceGet", device)
         supported = (
             driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED

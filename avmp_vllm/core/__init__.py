@@ -8,6 +8,7 @@ geometry       byte sizes and index ranges of an arena
 handles        32-bit names of pages
 band           the pages of one pool: placement, page table, growth, shrinking
 arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
+extents        which bytes of an elastic arena must have memory
 plan           what a worker must do to the bytes before its next forward pass
 statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
@@ -17,6 +18,7 @@ keeper         which states are worth their bytes: what is made, and what goes f
 """
 
 from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
+from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
 from avmp_vllm.core.plan import Copy, MovePlan, Relocation
@@ -29,6 +31,7 @@ __all__ = [
     "Arena",
     "ArenaTooSmall",
     "Copy",
+    "Extents",
     "Geometry",
     "InvariantViolation",
     "KVLayer",
@@ -36,6 +39,7 @@ __all__ = [
     "MovePlan",
     "Relocation",
     "SSMLayer",
+    "Stage",
     "Statistics",
     "kind_of",
 ]
