@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from avmp_vllm.backing.cuda_memory import CudaMemory
+from avmp_vllm.backing.elastic_buffer import PASSED, BudgetExceeded, ElasticBuffer
 from avmp_vllm.backing.memory import (
     AlreadyMapped,
     BackingError,
@@ -32,6 +33,7 @@ from avmp_vllm.backing.memory import (
     VirtualMemory,
 )
 from avmp_vllm.backing.posix import AnonymousMemory, MemfdMemory
+from avmp_vllm.core.extents import Extents
 
 MIB = 1 << 20
 #: A handle of the cases, bytes: a multiple of every driver's granularity.
@@ -352,6 +354,63 @@ def the_driver_itself_refuses_halves(host: Host) -> None:
     address, _ = ready(host, 2, size=2 * CHUNK)
     refused(DriverError, lambda: memory._unmap(address, CHUNK, []), "CUDA_ERROR_INVALID_VALUE")
     refused(DriverError, lambda: memory._free(address, 16 * CHUNK), "CUDA_ERROR_INVALID_VALUE")
+
+
+# -- an elastic buffer over it ---------------------------------------------------------------------
+
+
+def two_ends(host: Host) -> ElasticBuffer:
+    """A buffer of ten chunks with a budget of six, of which five are needed and written."""
+    buffer = ElasticBuffer(host.memory, 10 * CHUNK, CHUNK)
+    assert buffer.set_budget(6 * CHUNK) == 6 * CHUNK
+    buffer.map(Extents(2 * CHUNK, 7 * CHUNK))
+    for place, data in marks(buffer.address, 2) + marks(buffer.address + 7 * CHUNK, 3):
+        host.poke(place, data)
+    return buffer
+
+
+@case
+def a_buffer_moves_its_memory_between_the_ends(host: Host) -> None:
+    buffer = two_ends(host)
+    refused(BudgetExceeded, lambda: buffer.map(Extents(4 * CHUNK, 7 * CHUNK)))
+    buffer.retire(Extents(CHUNK, 9 * CHUNK), PASSED)
+    buffer.map(Extents(5 * CHUNK, 9 * CHUNK))
+    assert buffer.mapped == 6 * CHUNK
+    assert host.peek(buffer.address, 8) == marks(0, 1)[0][1]
+    assert host.peek(buffer.address + 10 * CHUNK - 8, 8) == marks(0, 3)[-1][1]
+    host.poke(buffer.address + 5 * CHUNK - 1, b"x")
+    buffer.retire(Extents(CHUNK, 9 * CHUNK), PASSED)
+    assert buffer.set_budget(2 * CHUNK) == 2 * CHUNK
+    assert buffer.statistics.given_back == 4 * CHUNK
+    assert buffer.set_budget(9 * CHUNK) == 9 * CHUNK
+    buffer.map(Extents(4 * CHUNK, 5 * CHUNK))
+    host.poke(buffer.address + 5 * CHUNK, b"x")
+    buffer.close()
+
+
+@case
+def retired_chunks_keep_their_memory_until_it_is_wanted(host: Host) -> None:
+    buffer = two_ends(host)
+    buffer.retire(Extents(CHUNK, 9 * CHUNK), PASSED)
+    calls = dict(buffer.statistics.calls)
+    buffer.map(Extents(2 * CHUNK, 7 * CHUNK))
+    assert buffer.statistics.calls == calls
+    assert host.peek(buffer.address + 2 * CHUNK - 8, 8) == marks(0, 2)[-1][1]
+
+
+@fault
+def the_gap_of_a_buffer_faults(host: Host) -> None:
+    buffer = two_ends(host)
+    host.peek(buffer.address + 7 * CHUNK - 1, 1)
+
+
+@fault
+def what_a_buffer_gave_back_faults(host: Host) -> None:
+    buffer = two_ends(host)
+    buffer.retire(Extents(CHUNK, 9 * CHUNK), PASSED)
+    host.peek(buffer.address + CHUNK, 1)
+    buffer.set_budget(2 * CHUNK)
+    host.peek(buffer.address + CHUNK, 1)
 
 
 # -- out of memory ---------------------------------------------------------------------------------

@@ -43,10 +43,14 @@ class ElasticShadow(ShadowMemory):
         """Back what is needed; with ``only``, nothing else."""
         wanted = self.chunks(extents)
         for chunk in self.backed - wanted if only else ():
-            place = slice(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.bytes)))
-            self.bytes[place] = bytes(place.stop - place.start)
+            self.forget(chunk)
         self.backed = wanted if only else self.backed | wanted
         self.most = max(self.most, len(self.backed))
+
+    def forget(self, chunk: int) -> None:
+        """Lose the bytes of a chunk."""
+        place = slice(chunk * self.chunk, min((chunk + 1) * self.chunk, len(self.bytes)))
+        self.bytes[place] = bytes(place.stop - place.start)
 
     def span(self, kind: Kind, index: int) -> slice:
         place = super().span(kind, index)
