@@ -77,6 +77,10 @@ class CudaMemory(VirtualMemory):
         """Wait for everything that was launched on the device."""
         self._call("cuCtxSynchronize")
 
+    def fill(self, address: int, size: int, value: int = 0) -> None:
+        """Set bytes that are mapped and allowed, in the order of the default stream."""
+        self._call("cuMemsetD8", address, value, size)
+
     def _reserve(self, size: int) -> int:
         return int(self._call("cuMemAddressReserve", size, 0, 0, 0))
 

@@ -179,6 +179,7 @@ int cuMemUnmap(ptr_t at, size_t size) {
 }
 
 int cuMemcpyHtoD_v2(ptr_t to, const void *from, size_t size) { memcpy((void *)to, from, size); return OK; }
+int cuMemsetD8_v2(ptr_t to, unsigned char value, size_t size) { memset((void *)to, value, size); return OK; }
 int cuMemcpyDtoH_v2(void *to, ptr_t from, size_t size) { memcpy(to, (void *)from, size); return OK; }
 
 // The way by which cuda.bindings finds all of the above; _v2 is a newer form under the old name.
