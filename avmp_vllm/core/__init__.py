@@ -10,6 +10,7 @@ band           the pages of one pool: placement, page table, growth, shrinking
 arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
 extents        which bytes of an elastic arena must have memory
 plan           what a worker must do to the bytes before its next forward pass
+integrity      every invariant of an arena, checked
 statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
 reuse          how soon a state is used again, learned from what has been used

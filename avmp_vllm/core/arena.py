@@ -34,7 +34,8 @@ from math import inf
 from avmp_vllm.core.band import Band
 from avmp_vllm.core.extents import ExtentLog, Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, ceil_div
-from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
+from avmp_vllm.core.handles import SSM_TAG, Kind, kind_of
+from avmp_vllm.core.integrity import problems
 from avmp_vllm.core.plan import Relocation
 from avmp_vllm.core.statistics import Statistics
 
@@ -489,52 +490,5 @@ class Arena:
         Raises:
             InvariantViolation: Naming everything that does not add up.
         """
-        geometry, (kv, ssm) = self.geometry, self._bands
-        found = kv.problems() + ssm.problems()
-        if self.gap_bytes < 0:
-            found.append(f"the bands cross by {-self.gap_bytes} bytes")
-        null_end = geometry.null_blocks * geometry.block_bytes
-        if null_end < geometry.null_bytes:
-            found.append("the SSM band begins inside the null bytes")
-        total = null_end + self.gap_bytes + geometry.rounding_bytes
-        for kind in Kind:
-            band = self._bands[kind]
-            if self.used(kind) < 0:
-                found.append(f"{kind.label}: more free and cached pages than the band holds")
-            parts = self.used(kind) + self.cached(kind) + band.free
-            total += parts * band.unit
-            free = set(band.free_handles())
-            for handle in self._cached[kind]:
-                if handle in free:
-                    found.append(f"{kind.label}: cached handle {handle} is also free")
-                if not 1 <= band.position(handle) <= band.capacity:
-                    found.append(f"{kind.label}: cached handle {handle} is outside the band")
-        if self.gap_bytes < self._reserve and not self._over:
-            found.append(f"a gap of {self.gap_bytes} bytes is below the reserve {self._reserve}")
-        if total != geometry.arena_bytes:
-            found.append(f"bytes do not add up: {total} counted, {geometry.arena_bytes} exist")
-        if referenced is not None:
-            found += self._check_referenced(list(referenced))
-        if found:
+        if found := problems(self, referenced):
             raise InvariantViolation("; ".join(found[:20]))
-
-    def _check_referenced(self, handles: list[int]) -> list[str]:
-        found: list[str] = []
-        for kind in Kind:
-            band, cached = self._bands[kind], self._cached[kind]
-            mine = [h for h in handles if kind_of(h) is kind]
-            distinct = set(mine)
-            if len(distinct) != self.used(kind):
-                found.append(
-                    f"{kind.label}: {self.used(kind)} pages counted as used, "
-                    f"{len(distinct)} referenced"
-                )
-            free = set(band.free_handles())
-            for handle in distinct:
-                if not 1 <= (handle & ID_MASK) <= band.known:
-                    found.append(f"{kind.label}: handle {handle} was never given out")
-                elif handle in free or handle in cached:
-                    found.append(f"{kind.label}: referenced handle {handle} is free or cached")
-                elif band.position(handle) > band.capacity:
-                    found.append(f"{kind.label}: referenced handle {handle} is outside the band")
-        return found
