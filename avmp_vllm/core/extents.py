@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 
 def reserve_for(high_end: int, budget: int, chunk_bytes: int) -> int:
-    """The least gap that keeps an arena within a budget (bytes).
+    """The least gap that keeps an arena within a budget, wherever the gap lies (bytes).
 
-    Each band's inner end may lie anywhere in a chunk, which then counts whole; hence two chunks.
+    A gap of ``(n + 1) * chunk_bytes - 2`` bytes may hold only ``n - 1`` whole chunks, one byte more
+    holds ``n`` everywhere; ``n`` are to hold no memory.
 
     Args:
         high_end: End of the KV view, ``K*F``.
@@ -29,7 +30,7 @@ def reserve_for(high_end: int, budget: int, chunk_bytes: int) -> int:
     whole = -(-high_end // chunk_bytes) * chunk_bytes
     if budget >= whole:
         return 0
-    return whole - budget + 2 * chunk_bytes
+    return whole - budget + chunk_bytes - 1
 
 
 def backed_bytes(extents: Extents, high_end: int, chunk_bytes: int) -> int:

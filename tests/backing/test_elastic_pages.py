@@ -13,7 +13,17 @@ from strict_memory import Stream, StrictMemory
 
 from avmp_vllm.backing.elastic_buffer import ElasticBuffer
 from avmp_vllm.backing.elastic_pages import ElasticPages
-from avmp_vllm.core import AllocationFailure, Arena, Extents, Geometry, Kind, MovePlan, kind_of
+from avmp_vllm.core import (
+    AllocationFailure,
+    Arena,
+    Extents,
+    Geometry,
+    Kind,
+    MovePlan,
+    Relocation,
+    Stage,
+    kind_of,
+)
 from avmp_vllm.core.extents import reserve_for
 
 HERE = Path(__file__).parent
@@ -113,6 +123,35 @@ def test_nothing_in_flight_loses_its_memory(lag: int) -> None:
     stream.finish_all_but(0)
     buffer.close()
     assert not memory.alive
+
+
+class Watch:
+    """Notes what has memory while a plan is carried out."""
+
+    def __init__(self, buffer: ElasticBuffer) -> None:
+        self.buffer, self.seen = buffer, []
+
+    def apply(self, plan: MovePlan) -> None:
+        self.seen.append((self.buffer.needed, self.buffer.mapped, len(plan.relocations)))
+
+
+def test_each_part_of_a_plan_has_what_it_needs_and_no_more() -> None:
+    """Two stages within a budget of ten chunks that one end uses after the other."""
+    memory = StrictMemory(10, 32)
+    buffer = ElasticBuffer(memory, 1_024, 32)
+    buffer.set_budget(320)
+    watch = Watch(buffer)
+    pages = ElasticPages(buffer, watch)
+    moves = [Relocation(Kind.KV, 1, 2, n, n + 1) for n in range(3)]
+    stages = (Stage(0, Extents(320, 1_024)), Stage(2, Extents(32, 736)))
+    pages.apply(MovePlan(1, moves, stages=stages, after=Extents(32, 960)))
+    assert watch.seen == [(320, 320, 2), (320, 320, 1)]
+    assert (buffer.needed, buffer.retired) == (96, 224)
+    # Nothing more is needed: no call, and the plan is carried out all the same.
+    memory.calls.clear()
+    pages.apply(MovePlan(2, moves))
+    assert watch.seen[-1] == (96, 320, 3)
+    assert memory.calls == []
 
 
 def test_after_the_last_request_the_null_bytes_are_left() -> None:

@@ -45,7 +45,7 @@ def least_budget(client: ElasticClient) -> int:
     """Chunks that leave at least the null bytes."""
     geometry, chunk = client.arena.geometry, client.worker.chunk
     low = geometry.null_blocks * geometry.block_bytes + client.whole * chunk - client.high_end
-    return -(-low // chunk) + 2
+    return -(-low // chunk) + 1
 
 
 class ElasticMachine(RuleBasedStateMachine):
@@ -309,7 +309,7 @@ def test_reserves_that_cannot_be_are_refused() -> None:
         arena.set_reserve(15_600)
     with pytest.raises(ValueError, match="chunk_bytes must be at least 1"):
         Arena(Geometry(16_000, 64, 456), chunk_bytes=0)
-    arena.set_reserve(15_500)
+    arena.set_reserve(15_500)  # 16,000 less the null bytes, and no room for a page
     with pytest.raises(AllocationFailure, match="0 more pages or 0 more blocks"):
         arena.allocate(1, 0)
 
@@ -356,16 +356,22 @@ def test_nothing_to_do_is_no_plan() -> None:
     assert arena.trim() == 0
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_the_reserve_of_a_budget_keeps_it(chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 7, 50])
+def test_the_reserve_of_a_budget_keeps_it_and_no_smaller_one_does(chunk: int) -> None:
     """Every pair of ends that leaves the reserve is within the budget, by trying all."""
     high_end = 230
-    for budget in range(3 * chunk, 400, chunk):
+
+    def most(reserve: int) -> int:
+        return max(
+            backed_bytes(Extents(low, begin), high_end, chunk)
+            for low in range(high_end - reserve + 1)
+            for begin in range(low + reserve, min(low + reserve + 2 * chunk, high_end) + 1)
+        )
+
+    for budget in range(3 * chunk, 230, 11 * chunk):
         reserve = reserve_for(high_end, budget, chunk)
-        for low in range(0, high_end + 1, 3):
-            for begin in range(low + reserve, high_end + 1):
-                assert backed_bytes(Extents(low, begin), high_end, chunk) <= budget
-    assert reserve_for(high_end, 400, chunk) == 0
+        assert most(reserve) <= budget < most(reserve - 1)
+    assert reserve_for(high_end, 250, chunk) == 0
 
 
 def test_the_log_keeps_the_furthest_reach() -> None:
