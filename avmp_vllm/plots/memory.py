@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from avmp_vllm.plots import style
+from avmp_vllm.plots.bands import changes
 
 MIB = 1 << 20
 #: Rule -> colour, line, width.
@@ -20,6 +22,8 @@ LOOKS = {
 }
 #: Models that are drawn.
 MODELS = 3
+#: Seconds that are shown before the ebb and after it.
+BEFORE, AFTER = 3.0, 14.0
 
 
 def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
@@ -33,28 +37,32 @@ def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
     for row, trace in enumerate(traces):
         for column, model in enumerate(models):
             panel, cell = axes[row * len(models) + column], counts[trace][model]
-            series = cell["series"]
-            seconds = series["seconds"]
-            live = [value / MIB for value in series["live"]]
+            ebb = cell["seconds"]["busy"]
+            quiet = ebb + cell["seconds"]["ebb"]
+            begin, end = ebb - BEFORE, quiet + AFTER
+            shown = [i for i, at in enumerate(cell["series"]["seconds"]) if begin <= at <= end]
+            series = {name: [row[i] for i in shown] for name, row in cell["series"].items()}
+
             panel.fill_between(
-                seconds, live, color="#cccccc", linewidth=0, step="post", label=titles["live"]
+                *_line(series, "live"),
+                color="#cccccc",
+                linewidth=0,
+                step="post",
+                label=titles["live"],
             )
             for rule, (colour, line, width) in LOOKS.items():
                 panel.step(
-                    seconds,
-                    [value / MIB for value in series[rule]],
+                    *_line(series, rule),
                     where="post",
                     color=colour,
                     linestyle=line,
                     linewidth=width,
                     label=titles[rule],
                 )
-            ebb = cell["seconds"]["busy"]
-            quiet = ebb + cell["seconds"]["ebb"]
             for edge in (ebb, quiet):
                 panel.axvline(edge, color=style.BLACK, linewidth=0.6, linestyle=(0, (4, 3)))
             panel.set_yscale("log")
-            panel.set_xlim(0, quiet + min(cell["seconds"]["quiet"], 2 * ebb))
+            panel.set_xlim(begin, end)
             panel.set_title(f"{model}\n{Path(trace).stem}", fontsize=8.5)
             style.light_grid(panel)
             if not column:
@@ -71,3 +79,10 @@ def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
         fontsize=10,
     )
     return {"memory": made}
+
+
+def _line(series: Mapping[str, list[float]], rule: str) -> tuple[Any, Any]:
+    """Seconds and MiB where a rule's bytes change."""
+    seconds, held = np.asarray(series["seconds"]), np.asarray(series[rule])
+    kept = changes(held)
+    return seconds[kept], held[kept] / MIB

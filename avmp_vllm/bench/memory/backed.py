@@ -21,7 +21,7 @@ from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.models.shapes import ModelShape
 
 #: Points of a series.
-POINTS = 240
+POINTS = 1500
 #: Part of the arena's range that the busiest moment takes.
 HEADROOM = 1.3
 
