@@ -22,8 +22,10 @@ LOOKS = {
 }
 #: Models that are drawn.
 MODELS = 3
+#: Points of a line at most.
+POINTS = 50
 #: Seconds that are shown before the ebb and after it.
-BEFORE, AFTER = 3.0, 14.0
+BEFORE, AFTER = 2.0, 11.0
 
 
 def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
@@ -40,7 +42,9 @@ def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
             ebb = cell["seconds"]["busy"]
             quiet = ebb + cell["seconds"]["ebb"]
             begin, end = ebb - BEFORE, quiet + AFTER
-            shown = [i for i, at in enumerate(cell["series"]["seconds"]) if begin <= at <= end]
+            times = cell["series"]["seconds"]
+            shown = [i for i, at in enumerate(times) if begin <= at <= end]
+            shown = shown[:: -(-len(shown) // POINTS)]
             series = {name: [row[i] for i in shown] for name, row in cell["series"].items()}
 
             panel.fill_between(

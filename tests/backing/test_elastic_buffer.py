@@ -280,6 +280,32 @@ def test_what_comes_back_needs_no_room_for_a_driver_that_failed() -> None:
     assert not rig.memory.alive
 
 
+def test_a_driver_that_fails_in_a_step_leaves_it_as_it_was() -> None:
+    """kvcached once leaked what it had mapped of a batch when the rest failed."""
+    for kind, after in (("map", 2), ("allow", 0), ("allow", 1)):
+        rig = Rig(10, 10)
+        rig.buffer.set_budget(8 * CHUNK)
+        rig.memory.fail_after[kind] = after
+        with pytest.raises(DriverError):
+            rig.buffer.map(Extents(4 * CHUNK, rig.size - 3 * CHUNK))
+        assert not rig.memory.where
+        assert (rig.buffer.mapped, rig.buffer.handles) == (0, 8)
+        rig.memory.fail_after.clear()
+        rig.buffer.map(Extents(4 * CHUNK, rig.size - 4 * CHUNK))
+        assert rig.buffer.needed == 8 * CHUNK
+
+
+def test_what_a_step_needs_again_is_not_taken_for_what_it_needs_anew() -> None:
+    """Chunk 1 is retired the longest, and needed: the other retired one serves the high end."""
+    rig = Rig(10, 10)
+    rig.buffer.set_budget(4 * CHUNK)
+    rig.step(Extents(3 * CHUNK, rig.size), Extents(CHUNK, rig.size))
+    rig.stream.finish()
+    rig.step(Extents(2 * CHUNK, rig.size - 2 * CHUNK), Extents(2 * CHUNK, rig.size - 2 * CHUNK))
+    assert rig.buffer.statistics.regained == 1
+    assert rig.memory.calls.count("unmap") == 1
+
+
 def test_what_is_needed_after_a_step_was_needed_before() -> None:
     rig = Rig(10, 10)
     rig.buffer.set_budget(10 * CHUNK)
