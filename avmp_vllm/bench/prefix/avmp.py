@@ -42,7 +42,7 @@ class Avmp:
             if record is not None:
                 keeper.used(record)
         for position, origin in stops.refused.items():
-            keeper.record(keys[position // PAGE - 1], origin, turns)
+            keeper.record(keys[position // PAGE - 1], origin, turns, position)
         made = 0
         for position, origin in stops.made.items():
             made += self._keep(request, position // PAGE, origin, turns)
@@ -51,11 +51,11 @@ class Avmp:
         copies = 0
         if answer > max(request.prompt, last):
             copies = answer // ANSWER_TOKENS - request.prompt // ANSWER_TOKENS
-            if keeper.pays(Origin.ANSWER, turns, answer - last, cuts=False):
+            if keeper.pays(Origin.ANSWER, turns, answer - last, False, answer):
                 made += self._keep(request, answer // PAGE, Origin.ANSWER, turns)
             else:
                 copies = 0
-                keeper.record(keys[answer // PAGE - 1], Origin.ANSWER, turns)
+                keeper.record(keys[answer // PAGE - 1], Origin.ANSWER, turns, answer)
         if made and found is not None:
             keeper.went_on(found)
         states, pages = self._make_room()
@@ -82,7 +82,7 @@ class Avmp:
             self._keeper.tree.root,
         )
         own = keys[below.position // PAGE : pages]
-        record = self._keeper.record(keys[pages - 1], origin, turns)
+        record = self._keeper.record(keys[pages - 1], origin, turns, pages * PAGE)
         node = self._keeper.tree.add(below, pages * PAGE, own, 0)
         self._nodes[keys[pages - 1]] = node
         for key in own:
