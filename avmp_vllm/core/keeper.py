@@ -304,9 +304,7 @@ class StateKeeper:
                 stops.refused[position] = origin
         return stops
 
-    def pays(
-        self, origin: Origin, turns: int, spared: int, cuts: bool, position: int = 0
-    ) -> bool:
+    def pays(self, origin: Origin, turns: int, spared: int, cuts: bool, position: int = 0) -> bool:
         """Whether a state is worth being made.
 
         Args:

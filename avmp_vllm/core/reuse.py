@@ -4,10 +4,10 @@ States are sorted into classes (what kind of state, used how often, superseded o
 prefix), and classes into families, from which a class borrows what it has not seen itself: the
 shape of its hazard by age, brought to the level that it has seen at all ages together. A class has
 a hazard of reuse for each bin of age; age is counted in requests, so that equal traffic gives equal
-decisions whatever a clock says. From the hazards follows the index of a state of some age: the best ratio of
-expected reuses to expected waiting that can be had by keeping it from now on and giving it up at
-the right moment (Gittins). It falls with age where reuse does, and rises where a state that was
-idle for so long tends to come back.
+decisions whatever a clock says. From the hazards follows the index of a state of some age: the best
+ratio of expected reuses to expected waiting that can be had by keeping it from now on and giving it
+up at the right moment (Gittins). It falls with age where reuse does, and rises where a state that
+was idle for so long tends to come back.
 """
 
 from __future__ import annotations
@@ -85,13 +85,16 @@ class _Prospects(NamedTuple):
 class ReuseRates:
     """Hazards of reuse by class and age.
 
+    Args:
+        now: Requests that came before anything was learned.
+
     Attributes:
         now: Requests so far.
         epoch: Indices are as they were when it began.
     """
 
-    def __init__(self) -> None:
-        self.now = 0
+    def __init__(self, now: int = 0) -> None:
+        self.now = self._began = now
         self.epoch = 0
         self._next_epoch = 0
         self._all = _Counts()
@@ -107,7 +110,8 @@ class ReuseRates:
         self.now += 1
         if self.now >= self._next_epoch:
             self.epoch += 1
-            self._next_epoch = self.now + min(max(self.now // 8, _SOONEST), _LATEST)
+            seen = self.now - self._began
+            self._next_epoch = self.now + min(max(seen // 8, _SOONEST), _LATEST)
         self._weight *= self._growth
         if self._weight > 1e12:
             for counts in (self._all, *self._families.values(), *self._classes.values()):
