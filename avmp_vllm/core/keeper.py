@@ -34,7 +34,7 @@ PRICE_STEP = 0.05
 PRICE_HALF_LIFE = 1_000
 #: Requests by which each request lengthens the expected lifetime, which what is given up shortens;
 #: and in how many lifetimes a state must have paid for its cut.
-LONGER, LIFETIMES = 4.0, 2
+LONGER, LIFETIMES = 4.0, 4
 #: Uses that make a state a common prefix.
 COMMON = 4
 #: States that are remembered after they are gone, for each that is kept, and the least.
