@@ -450,12 +450,13 @@ def test_one_after_the_other_is_a_special_case_of_overlapping(name: str) -> None
 @pytest.mark.parametrize("name", CACHES)
 def test_what_runs_holds_memory(name: str) -> None:
     cache = CACHES[name].make(64 * SIZES.state, SIZES)
-    rows = requests_of(drawn("chat", 120))
+    new = replace(said(("new", 3000)), arrival=1e6)
+    *rows, last = requests_of([*drawn("chat", 120), new])
     run_cache(cache, rows)
     used = cache.bytes_used()
     assert used > 20 * SIZES.state
     cache.hold(10**9, 64)
-    cache.serve(rows[0])
+    cache.serve(last)
     assert cache.bytes_used() < used / 2
     cache.hold(0, 0)
     assert run_cache(cache, rows, verify=True)["hit"] > 0
