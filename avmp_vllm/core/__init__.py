@@ -8,7 +8,9 @@ geometry       byte sizes and index ranges of an arena
 handles        32-bit names of pages
 band           the pages of one pool: placement, page table, growth, shrinking
 arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
+extents        which bytes of an elastic arena must have memory
 plan           what a worker must do to the bytes before its next forward pass
+integrity      every invariant of an arena, checked
 statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
 reuse          how soon a state is used again, learned from what has been used
@@ -17,6 +19,7 @@ keeper         which states are worth their bytes: what is made, and what goes f
 """
 
 from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
+from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, PageGroup, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
 from avmp_vllm.core.plan import Copy, MovePlan, Relocation
@@ -29,6 +32,7 @@ __all__ = [
     "Arena",
     "ArenaTooSmall",
     "Copy",
+    "Extents",
     "Geometry",
     "InvariantViolation",
     "KVLayer",
@@ -37,6 +41,7 @@ __all__ = [
     "PageGroup",
     "Relocation",
     "SSMLayer",
+    "Stage",
     "Statistics",
     "kind_of",
 ]

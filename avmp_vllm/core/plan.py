@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.handles import Kind
 
 
@@ -49,6 +50,10 @@ class MovePlan:
         copies: Copy-on-write pairs.
         digest: Under verification, the known handles of each pool and the page table's checksum
             after this plan, which the worker compares with its own copy.
+        stages: In an elastic arena, what must have memory *before*: one stage for each part of the
+            relocations, the last one for what follows them too. Empty if the plan before left just
+            what this one needs, before and after.
+        after: In an elastic arena, what the steps *after* this plan need; None without stages.
     """
 
     number: int
@@ -56,3 +61,5 @@ class MovePlan:
     zeros: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     digest: tuple[tuple[int, int], int] | None = None
+    stages: tuple[Stage, ...] = ()
+    after: Extents | None = None

@@ -4,6 +4,7 @@
 style    colours, hatches, reproducible SVG, saving
 bands    the arena over time, from ``avmp bench bands``
 ratios   AVMP / stock with intervals, from ``avmp bench serve``
+memory   bytes backed over time, from ``avmp bench memory``
 paper    batch sizes, phase times, completions, from ``avmp bench paper``
 capacity sequences that fit against their length, from ``avmp plan``
 command  which picture belongs to which result

@@ -136,6 +136,17 @@ def _prefix():
     return _result("prefix", counts, {}, **parameters) | titles
 
 
+def _memory():
+    """Two traces, more models than are drawn."""
+    rules = ("live", "avmp", "avmp-held", "expandable", "kvcached")
+    series = {rule: [(9 - i) << 20 for i in range(9)] for rule in rules}
+    seconds = {"busy": 3.0, "ebb": 2.0, "quiet": 4.0, "end": 0.0}
+    cell = {"seconds": seconds, "series": series | {"seconds": list(range(9))}}
+    counts = {trace: dict.fromkeys("abcd", cell) for trace in ("one.csv", "two.json")}
+    titles = {"titles": {rule: rule for rule in rules}}
+    return _result("memory", counts, {}, busy=96, quiet=6) | titles
+
+
 def _engine():
     row = {"step_mean_ms": [1.0, 0.9, 1.1], "preemptions": [0.1, 0.0, 0.5]}
     parameters = {name: sizes[0] for name, sizes in engine.DEFAULTS.items()}
@@ -155,6 +166,7 @@ MADE = {
     "plan": (_plan, {"capacity"}),
     "scheduler": (_scheduler, {"scheduler"}),
     "prefix": (_prefix, {"prefix"}),
+    "memory": (_memory, {"memory"}),
 }
 
 

@@ -19,6 +19,15 @@ DOCS = ROOT / "docs"
 SPEAKING = ("core", "backing", "engine")
 #: Never meant for a user: called with arguments that only a programmer can give.
 PROGRAMMING_ERRORS = {
+    ("backing/elastic_buffer.py", "BackingError"),
+    ("backing/memory.py", "AlreadyMapped"),
+    ("backing/memory.py", "HalfMapping"),
+    ("backing/memory.py", "Misaligned"),
+    ("backing/memory.py", "NoAliases"),
+    ("backing/memory.py", "NotMapped"),
+    ("backing/memory.py", "NotReserved"),
+    ("backing/memory.py", "StillMapped"),
+    ("backing/memory.py", "UnknownHandle"),
     ("core/arena.py", "ValueError"),
     ("core/geometry.py", "ValueError"),
     ("engine/scheduler/block_pool.py", "NotImplementedError"),

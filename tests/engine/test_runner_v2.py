@@ -235,6 +235,18 @@ def test_control_a_state_published_for_the_end_of_its_block_changes_answers(
     assert broken["answers"] != answers_to_branching
 
 
+def test_drafts_equal_stock(done):
+    """Tokens, and every draft: a wrong state behind a rejected token would change only the next."""
+    stock, avmp = done["drafts_stock"], done["drafts"]
+    assert avmp["answers"] == stock["answers"]
+    assert avmp["drafts"] == stock["drafts"]
+    assert 0 < avmp["accepted"] < avmp["drafted"] == stock["drafted"]
+    assert avmp["accepted"] == stock["accepted"]
+    assert avmp["hits"] > 0
+    assert avmp["migrations"] > 0
+    assert avmp["relocations"] > 0
+
+
 @pytest.mark.parametrize("name", ["no_table_writes", "no_copies", "no_rows"])
 def test_control_broken_plans_change_answers(done, expected, name):
     """The tests above would notice what is left out on the device."""

@@ -11,6 +11,7 @@ import triton_on_cpu  # noqa: F401
 # isort: split
 import gc
 import json
+import random
 import sys
 import time
 import weakref
@@ -33,9 +34,11 @@ from enginelib import (
     mixed_prompts,
     runner_of,
     scheduler_of,
+    tokens,
 )
 from triton.runtime.interpreter import GridExecutor
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker import mamba_utils
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
@@ -141,6 +144,59 @@ def cuda_layers(name: str, model: str) -> dict[str, Any]:
         return {**serve(name, model), "launched": sorted(launched)}
 
 
+def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
+    """Serve prompts whose answers are drafted from what came before, and note every draft.
+
+    Args:
+        model: Folder of a Mamba-2 hybrid.
+        avmp: AVMP's options, None for stock vLLM.
+    """
+    drafts: dict[str, list[int]] = {}
+    update = Scheduler.update_draft_token_ids
+
+    def noting(self: Scheduler, made: Any) -> None:
+        for name, draft in zip(made.req_ids, made.draft_token_ids, strict=True):
+            if name in self.requests:
+                # By what the request has so far, which names it in any engine.
+                drafts[str(list(self.requests[name].all_token_ids))] = list(draft)
+        update(self, made)
+
+    rng = random.Random(3)
+    again = tokens(rng, 40)
+    prompts = [
+        {"prompt_token_ids": tokens(rng, rng.choice([5, 30, 60])) + again[: 8 * (i % 5)] * 2}
+        for i in range(8)
+    ]
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    with (
+        cuda_mamba_layers(),
+        mock.patch.object(Scheduler, "update_draft_token_ids", noting),
+        engine(
+            model,
+            avmp=avmp,
+            kv_cache_memory_bytes=4_000_000 if avmp is None else 300_000,
+            max_model_len=320,
+            enable_prefix_caching=True,
+            speculative_config={**ngram, "prompt_lookup_max": 3},
+        ) as llm,
+    ):
+        answers = [greedy(llm, prompts, 16, temperature=0) for _ in range(2)]
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        result = {
+            "answers": answers,
+            "drafts": drafts,
+            "drafted": counts["vllm:spec_decode_num_draft_tokens"],
+            "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
+            "hits": counts["vllm:prefix_cache_hits"],
+        }
+        if avmp is not None:
+            assert_nothing_held(llm)
+            did = counted(llm)
+            result["migrations"] = sum(did.statistics.migrations.values())
+            result["relocations"] = sum(did.statistics.relocations.values())
+        return result
+
+
 def branching(model: str, retention: int | None, *patches: Any) -> dict[str, Any]:
     """Serve branching prompts one after the other, with layers that save states inside of a chunk.
 
@@ -218,8 +274,8 @@ def dummy_runs(model: str) -> dict[str, Any]:
         geometry = runner.kv_cache_config.geometry
         null = geometry.null_blocks * geometry.block_bytes
         before = arena[null:].clone()
-        for tokens, decode in ((16, False), (4, True)):
-            runner._dummy_run(tokens, uniform_decode=decode)
+        for count, decode in ((16, False), (4, True)):
+            runner._dummy_run(count, uniform_decode=decode)
         return torch.equal(before, arena[null:])
 
     with workload("cache", model) as (llm, once):
@@ -493,6 +549,10 @@ def scenarios(
         "handles_granite": lambda: by_handle("handles_granite", short_granite),
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
+        "drafts_stock": lambda: drafting(short_granite, None),
+        "drafts": lambda: drafting(
+            short_granite, {"checkpoint_tokens": 128, "growth_tokens": 0, "migration_batch": 8}
+        ),
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),
         "branching_interval": lambda: branching(short_granite, 256),

@@ -15,7 +15,7 @@ TOOLS = {"bench", "demo", "doctor", "models", "planner", "plots", "top"}
 FLOORS = {
     "core": ("avmp_vllm/core", set()),
     "kernels": ("kernels", {"avmp_kernels", "torch", "triton"}),
-    "backing": ("avmp_vllm/backing", {"avmp_vllm.core", "avmp_kernels", "numpy", "torch"}),
+    "backing": ("avmp_vllm/backing", {"avmp_vllm.core", "avmp_kernels", "cuda", "numpy", "torch"}),
 }
 #: Of each floor of the engine: the others that it may import. ``entry`` reaches them by name.
 ENGINE = {

@@ -23,13 +23,13 @@ from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, ceil_div
 from avmp_vllm.engine.entry.config import ConfigError, selected
 from avmp_vllm.engine.layout.groups import Layers, Role, kind_of_spec, sort_layers
-from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages
+from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages, refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-#: A layout starts on this boundary inside of its page (bytes); covers every dtype.
+#: Pages, and layouts inside of them, start on this boundary (bytes), which covers every dtype.
 LAYOUT_ALIGNMENT = 16
 
 
@@ -48,11 +48,8 @@ class AVMPCacheConfig(KVCacheConfig):
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Length of the view that a tensor describes."""
         assert self.geometry is not None
-        for group in self.kv_cache_groups:
-            if tensor.layers[0] in group.layer_names:
-                is_state = kind_of_spec(group.kv_cache_spec) is Kind.SSM
-                return self.geometry.blocks if is_state else self.geometry.pages
-        raise AssertionError(f"{tensor.layers} belong to no group")
+        is_state = kind_of_spec(self.layer_specs[tensor.layers[0]]) is Kind.SSM
+        return self.geometry.blocks if is_state else self.geometry.pages
 
 
 def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -72,6 +69,7 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         assert geometry is not None
         if any(config.geometry != geometry for config in configs):
             raise ConfigError("ranks have different page sizes, which AVMP cannot serve")
+        refuse_drafts(vllm_config, configs[0].layer_specs)
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, geometry)
         return list(configs)
@@ -160,4 +158,6 @@ def _bytes(table: Layers) -> int:
 
 def _page_alignment(paged: list[Layers]) -> int:
     """What the bytes of a KV page must be a multiple of."""
-    return lcm(*(s.get_block_stride_alignment() for t in paged for s in t.specs.values()))
+    return lcm(
+        LAYOUT_ALIGNMENT, *(s.get_block_stride_alignment() for t in paged for s in t.specs.values())
+    )

@@ -61,8 +61,7 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
         planned: KVCacheConfig = kv_cache_utils.get_kv_cache_config_from_groups(
             vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
         )
-    except (AssertionError, NotImplementedError, ValueError) as error:
-        logger.debug("AVMP: stock vLLM cannot plan these layers: %s", error)
+    except (AssertionError, NotImplementedError, ValueError):
         return None
     firsts = [first_spec(group.kv_cache_spec) for group in groups]
     held = next(spec for spec in firsts if isinstance(spec, MambaSpec))

@@ -71,10 +71,11 @@ class AVMPModelRunnerV2(GPUModelRunner):
             [kind_of_spec(spec) for spec in specs],
             self._page_table,
             by_handle=[self._by_handle and handle_kernels.takes_handles(spec) for spec in specs],
-            keep_rows=any(
-                isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align"
+            keep_rows=[
+                self.num_speculative_steps > 0
+                or (isinstance(spec, MambaSpec) and spec.mamba_cache_mode == "align")
                 for spec in map(first_spec, specs)
-            ),
+            ],
         )
 
     def initialize_kv_cache(
