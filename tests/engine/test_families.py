@@ -109,6 +109,20 @@ def test_answers_equal_stock(checkpoints, name):
     assert preempted
 
 
+def test_the_cpus_own_delta_net(checkpoints):
+    """Without a stand-in, in bf16, which it is written for; states lie a block's stride apart.
+
+    One request after another: bf16 rounds with the batch, so that stock differs from itself.
+    """
+    answers = []
+    for avmp in (None, {}):
+        with engine(
+            checkpoints.path("qwen3_next"), avmp=avmp, dtype="bfloat16", max_num_seqs=1
+        ) as llm:
+            answers.append(greedy(llm, _PROMPTS[:4], NEW_TOKENS))
+    assert answers[0] == answers[1]
+
+
 def _offsets_forgotten(monkeypatch):
     """Every layout begins at the first byte of its page."""
     made = arena.KVCacheTensor

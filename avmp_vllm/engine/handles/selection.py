@@ -93,7 +93,7 @@ def check_groups(kv_cache_config: KVCacheConfig) -> None:
     names = " and ".join(dict.fromkeys(type(layout).__name__ for layout in layouts))
     raise ConfigError(
         f"kernels = 'handles': the model keeps {len(layouts)} layouts of pages ({names}) in "
-        f"{len(paged)} block tables, and AVMP's attention reads one layout of full attention in "
+        f"{len(paged)} block table(s), and AVMP's attention reads one layout of full attention in "
         "one; set kernels to 'resolved'"
     )
 

@@ -23,8 +23,8 @@ from standins import cuda, delta, latent, lightning, rotary, vision
 #: What each family needs.
 NEEDED = {
     "lfm2": (rotary.installed,),
-    "qwen3_next": (rotary.installed, delta.installed),
-    "qwen3_5": (rotary.installed, delta.installed, vision.installed),
+    "qwen3_next": (delta.installed,),
+    "qwen3_5": (delta.installed, vision.installed),
     "kimi_linear": (cuda.installed, delta.installed, latent.installed),
     "bailing_2_5": (rotary.installed, lightning.installed, latent.installed),
 }
