@@ -155,7 +155,7 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
 
     def noting(self: Scheduler, made: Any) -> None:
         for name, draft in zip(made.req_ids, made.draft_token_ids, strict=True):
-            if name in self.requests:
+            if name in self.requests and min(draft, default=-1) >= 0:
                 # By what the request has so far, which names it in any engine.
                 drafts[str(list(self.requests[name].all_token_ids))] = list(draft)
         update(self, made)
@@ -173,8 +173,9 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
         engine(
             model,
             avmp=avmp,
-            kv_cache_memory_bytes=4_000_000 if avmp is None else 300_000,
+            kv_cache_memory_bytes=4_000_000 if avmp is None else 420_000,
             max_model_len=320,
+            max_num_seqs=3,
             enable_prefix_caching=True,
             speculative_config={**ngram, "prompt_lookup_max": 3},
         ) as llm,

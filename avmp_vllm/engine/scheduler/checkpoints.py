@@ -173,7 +173,7 @@ class Checkpoints:
                 keeper.used(found)
             hashes, page = request.block_hashes, self._page_tokens
             for position, origin in intent.stops.refused.items():
-                keeper.record(hashes[position // page - 1], origin, turns)
+                keeper.record(hashes[position // page - 1], origin, turns, position)
         keeper.step_on(node)
 
     def leave(self, request_id: str) -> None:
@@ -204,7 +204,7 @@ class Checkpoints:
         if visit.answer is not None and visit.answer.state is not None:
             return True
         spared = position - visit.node.position
-        return self.keeper.pays(Origin.ANSWER, visit.turns, spared, cuts=False)
+        return self.keeper.pays(Origin.ANSWER, visit.turns, spared, False, position)
 
     # -- states ------------------------------------------------------------------------------------
 
@@ -228,7 +228,8 @@ class Checkpoints:
             return
         keeper, page = self.keeper, self._page_tokens
         origin = visit.stops.pop(position, Origin.ANSWER)
-        record = keeper.record(request.block_hashes[position // page - 1], origin, visit.turns)
+        key = request.block_hashes[position // page - 1]
+        record = keeper.record(key, origin, visit.turns, position)
         below = visit.node
         part = slice(below.position // page, position // page)
         # Table by table within a page of tokens, so that joined runs of pages stay in order.
