@@ -155,7 +155,7 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
 
     def noting(self: Scheduler, made: Any) -> None:
         for name, draft in zip(made.req_ids, made.draft_token_ids, strict=True):
-            if name in self.requests and min(draft, default=-1) >= 0:
+            if name in self.requests and max(draft, default=-1) >= 0:
                 # By what the request has so far, which names it in any engine.
                 drafts[str(list(self.requests[name].all_token_ids))] = list(draft)
         update(self, made)
