@@ -1,0 +1,1 @@
+"""Forecasts of answer lengths, and what can be decided with them."""
