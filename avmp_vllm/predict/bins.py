@@ -12,8 +12,6 @@ line: within a bin every length is as likely as any other.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -51,6 +49,7 @@ class LengthBins:
         self._bin = np.concatenate([[0], bin_of])
         lengths = np.arange(longest + 1)
         self._low = np.concatenate([bin_of, [self.count - 1]])
+        self._below: NDArray[np.int64] = np.concatenate([bin_of, [self.count]])
         self._part = (lengths - self.edges[self._low]) / np.diff(self.edges)[self._low]
 
     def bin(self, length: int) -> int:
@@ -68,9 +67,10 @@ class LengthBins:
         low = self._low[length]
         return float(curve[low] + self._part[length] * (curve[low + 1] - curve[low]))
 
-    def places(self, lengths: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats]:
-        """Of many lengths: the edge below, and the part of the way to the next."""
-        return self._low[lengths], self._part[lengths]
+    def below(self, lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of many lengths: the edge below; the last edge for those beyond the longest."""
+        found: NDArray[np.int64] = self._below.take(lengths, mode="clip")
+        return found
 
     def quantile(self, curve: Floats, share: float, generated: int = 0) -> int:
         """Least length that an answer stays within with probability ``share``.
@@ -96,8 +96,3 @@ class LengthBins:
     def mean(self, curve: Floats) -> float:
         """Expected length."""
         return float(np.trapezoid(curve, self.edges)) + 0.5
-
-    def __eq__(self, other: Any) -> bool:
-        return isinstance(other, LengthBins) and bool(np.array_equal(self.edges, other.edges))
-
-    __hash__ = None  # type: ignore[assignment]

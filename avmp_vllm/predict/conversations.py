@@ -24,7 +24,6 @@ class Turn(NamedTuple):
     turn: int
 
 
-
 class Conversations:
     """The latest answers by the hash of their last full block.
 

@@ -48,7 +48,11 @@ def keys(known: Known) -> list[int]:
     for depth in range(DEPTH):
         grain = PREVIOUS_GRAINS[depth]
         previous = 0 if before < 0 else 1 + int(before * grain)
-        classes = (int(prompt * PROMPT_GRAINS[depth]), previous, min(known.turn, TURN_GRAINS[depth]))
+        classes = (
+            int(prompt * PROMPT_GRAINS[depth]),
+            previous,
+            min(known.turn, TURN_GRAINS[depth]),
+        )
         for each in classes:
             level += 1
             found.append(level * _LEVEL + each)

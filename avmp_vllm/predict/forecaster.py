@@ -50,6 +50,12 @@ class Forecast:
         self.curve = curve
         self.next_progress = FIRST_PROGRESS
 
+    @classmethod
+    def of(cls, bins: LengthBins, known: Known, curve: Floats) -> Forecast:
+        """A forecast that no forecaster made, and none can learn from."""
+        nothing = Rows([], np.zeros(0, dtype=np.intp), 0)
+        return cls(bins, known, nothing, curve, np.zeros((0, 0)))
+
     def survival(self, more: int, generated: int = 0) -> float:
         """P(length > generated + more | length > generated)."""
         now = self._bins.at(self.curve, generated)
