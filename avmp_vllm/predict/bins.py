@@ -23,7 +23,7 @@ class LengthBins:
 
     Args:
         longest: Longest length in tokens; what is longer counts as this.
-        per_octave: Bins from a length to its double.
+        per_octave: Bins from a length to its double, a power of two: so octaves begin at edges.
 
     Attributes:
         edges: Lengths at which bins end, ``count + 1`` of them, the first 0.
@@ -32,8 +32,10 @@ class LengthBins:
     """
 
     def __init__(self, longest: int, per_octave: int) -> None:
-        if longest < 1 or per_octave < 1:
-            raise ValueError(f"longest {longest} and per_octave {per_octave} must be at least 1")
+        if longest < 1 or per_octave < 1 or per_octave & (per_octave - 1):
+            raise ValueError(
+                f"longest {longest} must be at least 1 and per_octave {per_octave} a power of two"
+            )
         edges = list(range(min(2 * per_octave, longest) + 1))
         step = 2.0 ** (1 / per_octave)
         place = float(edges[-1])

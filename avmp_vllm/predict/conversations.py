@@ -32,7 +32,7 @@ class Conversations:
         most_hashes: Blocks of a prompt that are looked up, from its end.
     """
 
-    def __init__(self, most: int = 8192, most_hashes: int = 1024) -> None:
+    def __init__(self, most: int = 8192, most_hashes: int = 512) -> None:
         self._most = most
         self._most_hashes = most_hashes
         self._ended: OrderedDict[Hashable, Turn] = OrderedDict()

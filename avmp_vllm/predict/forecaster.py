@@ -18,9 +18,9 @@ from avmp_vllm.predict.mixture import Mixture
 
 #: Bins from a length to its double.
 PER_OCTAVE = 4
-#: Answers that a row remembers: two of all requests, one that follows drift and one that has seen
-#: more, and one for each other row. What features stand on is the second.
-MEMORIES = (200.0, 1000.0)
+#: Answers that a row remembers: of all requests one that follows drift at once, one that has seen
+#: much, and one between them, on which the features stand; then of each other row.
+MEMORIES = (50.0, 1000.0, 200.0)
 ROW_MEMORY = 1000.0
 #: A running answer counts as exposure at this length, and at each double of it.
 FIRST_PROGRESS = 16
@@ -96,7 +96,7 @@ class LengthForecaster:
 
     @property
     def weights(self) -> Floats:
-        """Weight of each model: two memories of all requests, then ladders by grain."""
+        """Weight of each model: the memories of all requests, then ladders by grain."""
         return self._mixture.weights
 
     def arrive(self, prompt_tokens: int, hashes: Sequence[Hashable] = ()) -> Forecast:

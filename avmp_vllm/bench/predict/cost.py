@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from itertools import pairwise
 
 from avmp_vllm.bench.predict.answers import Load
 from avmp_vllm.predict.forecaster import LengthForecaster
@@ -30,7 +31,7 @@ def costs(load: Load, longest: int) -> dict[str, float]:
         marks.append(time.perf_counter_ns())
         forecaster.finish(forecast, answer.tokens, answer.hashes)
         marks.append(time.perf_counter_ns())
-        for name, begin, end in zip(spent, marks, marks[1:], strict=False):
+        for name, (begin, end) in zip(spent, pairwise(marks), strict=True):
             spent[name].append(end - begin)
     found = {name: statistics.median(values) / 1e3 for name, values in spent.items()}
     found["arrival and learning"] = statistics.median(map(sum, zip(*spent.values(), strict=True)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,7 @@ class Judge:
         within = quantiles >= lengths[:, None]
         bounds = [*load.starts, len(lengths)]
         parts = []
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in pairwise(bounds):
             soon = slice(begin, min(begin + AFTER, end))
             parts.append(
                 {

@@ -13,7 +13,7 @@ import numpy as np
 
 from avmp_vllm.bench.predict.answers import Answer
 from avmp_vllm.predict.bins import Floats, LengthBins
-from avmp_vllm.predict.forecaster import MEMORIES, PER_OCTAVE, Forecast, LengthForecaster
+from avmp_vllm.predict.forecaster import PER_OCTAVE, Forecast, LengthForecaster
 from avmp_vllm.predict.hazards import HazardTable
 
 
@@ -113,11 +113,12 @@ class Counted:
 
 #: AVMP's, and the two that its log-loss is compared with.
 MIXED = "forecast"
-SHORT, LONG = (f"global, memory {memory:g}" for memory in MEMORIES)
+GLOBAL = {"global 200": 200.0, "global 1000": 1000.0}
+SHORT, LONG = GLOBAL
 COUNTED = "counts so far"
 MODELS: dict[str, Callable[[int], Model]] = {
     MIXED: Mixed,
-    SHORT: lambda longest: Remembered(longest, MEMORIES[0]),
-    LONG: lambda longest: Remembered(longest, MEMORIES[1]),
+    SHORT: lambda longest: Remembered(longest, GLOBAL[SHORT]),
+    LONG: lambda longest: Remembered(longest, GLOBAL[LONG]),
     COUNTED: Counted,
 }

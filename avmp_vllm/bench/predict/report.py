@@ -50,8 +50,7 @@ def by_ladder(weights: Sequence[float]) -> dict[str, float]:
 def tables(counts: Mapping[str, Any], costs: Mapping[str, float]) -> list[Table]:
     """A trace's tables."""
     models = counts["models"]
-    further = [f"err {tokens}" for tokens in GENERATED]
-    head = ["forecast", "loss", f"of {COLD}", "P50", "P90", *further, "rank"]
+    head = ["forecast", "loss", "cold", "P50", "P90", *(f"at {t}" for t in GENERATED), "rank"]
     rows = [
         [
             name,
@@ -62,8 +61,8 @@ def tables(counts: Mapping[str, Any], costs: Mapping[str, float]) -> list[Table]
         for name, row in models.items()
     ]
     title = (
-        f"Log-loss in nats, of all and of the first {COLD}; coverage; error of the median in tokens "
-        f"once so much is there; rank correlation"
+        f"Log-loss in nats, of all and of the first {COLD} requests; coverage;\n"
+        "error of the median in tokens, with so much generated; rank correlation"
     )
     found = [_table(title, head, rows)]
     if len(models[MIXED]["parts"]) > 1:
