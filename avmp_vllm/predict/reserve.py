@@ -23,9 +23,12 @@ from numpy.typing import NDArray
 from avmp_vllm.predict.bins import Floats, LengthBins
 from avmp_vllm.predict.forecaster import Forecast
 
+#: Each horizon looked at is so many times the one before it, or one page more.
+GROWTH = 1.6
+
 
 def pages_ahead(page_tokens: int, window: int) -> list[int]:
-    """Pages of growth at which the need is reckoned: none, one, then each time twice as many.
+    """Pages of growth at which the need is reckoned: none, one, two, then ever further apart.
 
     Args:
         page_tokens: Tokens of a page.
@@ -35,7 +38,7 @@ def pages_ahead(page_tokens: int, window: int) -> list[int]:
     found, pages = [0], 1
     while pages < last:
         found.append(pages)
-        pages *= 2
+        pages = max(int(pages * GROWTH), pages + 1)
     return [*found, last] if last else found
 
 
