@@ -37,7 +37,7 @@ def pieces(tokens: int, piece: int = PIECE) -> int:
 
 def s3_bucket(tokens: int) -> int:
     """Which of S3's buckets a length falls into; what is longer falls into the last."""
-    return min((tokens - 1) * S3_BUCKETS // S3_LONGEST, S3_BUCKETS - 1)
+    return min(-(-tokens * S3_BUCKETS // S3_LONGEST), S3_BUCKETS) - 1
 
 
 def s3_end(bucket: int) -> int:
