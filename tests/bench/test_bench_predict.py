@@ -86,7 +86,7 @@ def test_conversations_are_known_by_their_prefix(tmp_path: Path) -> None:
     first, second = load(str(path), 0).answers
     assert (first.prompt, first.tokens, second.prompt, second.tokens) == (100, 200, 350, 10)
     assert first.hashes == second.hashes[: len(first.hashes)]
-    assert first.hashes[-1] in second.hashes[: second.prompt_pages]
+    assert first.hashes[-1] in second.prompt_hashes
     again = load(f"{path}+{path}", 0).answers
     assert not set(again[0].hashes) & set(again[2].hashes)  # parts share nothing
 

@@ -11,14 +11,14 @@ import heapq
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from avmp_vllm.bench.inputs import InputError, read_table
-from avmp_vllm.bench.prefix.trace import Request, requests_of, requests_of_blocks
+from avmp_vllm.bench.prefix.trace import PAGE, Request, Run, requests_of, requests_of_blocks
 from avmp_vllm.bench.scheduler.traces import read_trace
 
 #: The drawn trace: log-normal answers, log-normal prompts that say nothing of them.
@@ -33,6 +33,8 @@ RATE = 2.0
 CONVERSATION_RATE, PAUSE = 1.0, 30.0
 #: Lengths at which a running answer is looked at: this and its doubles.
 FIRST_LOOK = 16
+#: More keys than a part of a drift has.
+_KEYS = 1 << 40
 _PART = re.compile(r"(?P<name>.+?)(?:\[:(?P<count>\d+)\])?")
 
 
@@ -44,15 +46,26 @@ class Answer:
         time: Of its arrival, seconds from the start.
         prompt: Tokens of its prompt.
         tokens: Of its answer.
-        hashes: One for each full page of prompt and answer; equal ones stand for equal prefixes.
-        prompt_pages: How many of them the prompt has.
+        runs: Its full pages, prompt and answer, as runs of consecutive keys.
+        part: Of the drift that it belongs to; parts share no page.
     """
 
     time: float
     prompt: int
     tokens: int
-    hashes: Sequence[tuple[int, int]] = ()
-    prompt_pages: int = 0
+    runs: tuple[Run, ...] = ()
+    part: int = 0
+
+    @property
+    def hashes(self) -> list[int]:
+        """One for each full page of prompt and answer; equal ones stand for equal prefixes."""
+        first = self.part * _KEYS
+        return [first + key for run in self.runs for key in range(run.key, run.key + run.pages)]
+
+    @property
+    def prompt_hashes(self) -> list[int]:
+        """Those of the prompt."""
+        return self.hashes[: self.prompt // PAGE]
 
 
 class Event(NamedTuple):
@@ -108,13 +121,7 @@ class Load:
 
 def _of_requests(requests: Sequence[Request], part: int) -> list[Answer]:
     return [
-        Answer(
-            request.time,
-            request.prompt,
-            request.answer,
-            [(part, key) for key in request.keys],
-            request.prompt_pages,
-        )
+        Answer(request.time, request.prompt, request.answer, request.runs, part)
         for request in requests
     ]
 
@@ -186,7 +193,5 @@ def load(names: str, seed: int) -> Load:
             raise InputError(Path(text), None, "holds no request")
         starts.append(len(answers))
         shift = answers[-1].time - part[0].time if answers else -part[0].time
-        answers += [
-            Answer(a.time + shift, a.prompt, a.tokens, a.hashes, a.prompt_pages) for a in part
-        ]
+        answers += [replace(answer, time=answer.time + shift) for answer in part]
     return Load(tuple(answers), tuple(starts))

@@ -110,10 +110,11 @@ def _run(args: argparse.Namespace) -> int:
     elif output is None:
         output = Path(".bench/predict.json")
     _validate(parameters)
-    loads = {name: answers.load(name, parameters["seed"]) for name in parameters["trace"]}
+    names = list(dict.fromkeys(parameters["trace"]))
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
-        for name, load in loads.items():
+        for name in names:
             if name not in journal.done:
+                load = answers.load(name, parameters["seed"])
                 found = run_trace(load, parameters["longest"], parameters["token_ms"] / 1e3)
                 journal.add(name, [found, costs(load, parameters["longest"])])
             report.show(name, *journal.done[name])
@@ -123,8 +124,8 @@ def _run(args: argparse.Namespace) -> int:
             "benchmark": BENCHMARK,
             "environment": results.environment(parameters["seed"]),
             "parameters": parameters,
-            "counts": {name: journal.done[name][0] for name in loads},
-            "timings": {name: journal.done[name][1] for name in loads},
+            "counts": {name: journal.done[name][0] for name in names},
+            "timings": {name: journal.done[name][1] for name in names},
         }
         if output:
             results.write(output, result)

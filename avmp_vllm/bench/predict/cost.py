@@ -22,14 +22,14 @@ def costs(load: Load, longest: int) -> dict[str, float]:
     forecaster = LengthForecaster(longest)
     spent: dict[str, list[int]] = {"arrival": [], "progress": [], "finish": []}
     for answer in load.answers[:TIMED]:
-        hashes = answer.hashes[: answer.prompt_pages]
+        hashes, prompt_hashes = answer.hashes, answer.prompt_hashes
         marks = [time.perf_counter_ns()]
-        forecast = forecaster.arrive(answer.prompt, hashes)
+        forecast = forecaster.arrive(answer.prompt, prompt_hashes)
         marks.append(time.perf_counter_ns())
         while forecast.next_progress < answer.tokens:
             forecaster.progress(forecast, forecast.next_progress)
         marks.append(time.perf_counter_ns())
-        forecaster.finish(forecast, answer.tokens, answer.hashes)
+        forecaster.finish(forecast, answer.tokens, hashes)
         marks.append(time.perf_counter_ns())
         for name, (begin, end) in zip(spent, pairwise(marks), strict=True):
             spent[name].append(end - begin)

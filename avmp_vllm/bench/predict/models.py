@@ -42,8 +42,8 @@ class Mixed:
 
     def arrive(self, index: int, answer: Answer) -> Floats:
         """By the prompt's length and the conversation's last answer."""
-        hashes = answer.hashes[: answer.prompt_pages]
-        forecast = self.live[index] = self.forecaster.arrive(answer.prompt, hashes)
+        forecast = self.forecaster.arrive(answer.prompt, answer.prompt_hashes)
+        self.live[index] = forecast
         return forecast.curve
 
     def progress(self, index: int, tokens: int) -> None:
