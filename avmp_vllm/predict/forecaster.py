@@ -114,26 +114,13 @@ class LengthForecaster:
         """Forecast an answer by what is known of its request."""
         rows = self._table.rows(self._general + keys(known))
         curves = self._curves(rows)
-        reached = curves[:, self._mixture.octaves]
+        reached = curves.take(self._mixture.octaves, axis=1)
         return Forecast(self.bins, known, rows, self._mixture.mean(curves), reached)
 
     def _curves(self, rows: Rows) -> Floats:
         """What each model forecasts, ``[models, edges]``."""
-        cells = self._table.cells[rows.places]
-        models = len(rows.keys)
-        hazards = np.empty((models, self.bins.count))
-        general = len(MEMORIES)
-        hazards[:general] = self._table.first(cells[:general])
-        parents: Floats = hazards[general - 1 : general]
-        for begin in range(general, models, LADDERS):
-            end = begin + LADDERS
-            parents = hazards[begin:end] = self._table.below(cells[begin:end], parents)
-        curves = np.empty((models, self.bins.count + 1))
-        curves[:, 0] = 1.0
-        np.subtract(1.0, hazards, out=hazards)
-        np.cumprod(hazards, axis=1, out=curves[:, 1:])
-        curves[:, -1] = 0.0  # nothing is longer than the longest
-        return curves
+        hazards = self._table.hazards(rows, len(MEMORIES), LADDERS)
+        return self._table.curves(hazards)
 
     def progress(self, forecast: Forecast, generated: int) -> None:
         """Note that a running answer has grown; worth a call once it has ``next_progress`` tokens.

@@ -27,6 +27,10 @@ PRIOR_SCALE = 128.0
 PRIOR_WORTH = 8.0
 #: Answers that the coarser row above a row counts as, in every bin.
 PARENT_WORTH = 8.0
+#: What has faded below this is forgotten: numbers that get too small make a processor slow. Looked
+#: at with every so many answers.
+FADED = 1e-12
+FADED_EVERY = 16
 
 
 class Rows(NamedTuple):
@@ -58,6 +62,7 @@ class HazardTable:
         self._bins = bins
         self._most = most
         self._evicted = 0
+        self._learned = 0
         self._row_of: OrderedDict[int, int] = OrderedDict()
         self.cells: Floats = np.zeros((min(most, 64), 2, bins.count))
         reach = 1.0 / (1.0 + bins.edges / PRIOR_SCALE)
@@ -109,19 +114,44 @@ class HazardTable:
             end: Bin of its length.
             keep: Share of what each row knew that is kept, ``[rows]``.
         """
-        cells = self.cells[rows.places]
+        cells = self.cells.take(rows.places, axis=0)
         cells *= keep[:, None, None]
+        self._learned += 1
+        if self._learned % FADED_EVERY == 0:
+            cells[cells < FADED] = 0.0
         cells[:, 1, begin : end + 1] += 1.0
         cells[:, 0, end] += 1.0
         self.cells[rows.places] = cells
 
-    def first(self, cells: Floats) -> Floats:
-        """Hazards of rows that stand on the prior alone, from their cells ``[rows, 2, bins]``."""
-        hazards: Floats = (cells[:, 0] + self._prior_events) / (cells[:, 1] + self._prior_exposure)
-        return hazards
+    def hazards(self, rows: Rows, general: int, breadth: int) -> Floats:
+        """Hazards of rows, ``[rows, bins]``.
+
+        Args:
+            rows: The first stand on the prior, the others on what is ``breadth`` rows before them;
+                the first ``breadth`` of those on the last of the first.
+            general: How many stand on the prior.
+            breadth: Rows of a level.
+        """
+        cells = self.cells.take(rows.places, axis=0)
+        events, exposure = cells[:, 0], cells[:, 1]
+        events[:general] += self._prior_events
+        exposure[:general] += self._prior_exposure
+        exposure[general:] += PARENT_WORTH
+        events[:general] /= exposure[:general]
+        parents = events[general - 1]
+        for begin in range(general, len(events), breadth):
+            level = events[begin : begin + breadth]
+            level += PARENT_WORTH * parents
+            level /= exposure[begin : begin + breadth]
+            parents = level
+        return events
 
     @staticmethod
-    def below(cells: Floats, parents: Floats) -> Floats:
-        """Hazards of rows that stand on coarser rows' hazards, ``[rows, bins]``."""
-        hazards: Floats = (cells[:, 0] + PARENT_WORTH * parents) / (cells[:, 1] + PARENT_WORTH)
-        return hazards
+    def curves(hazards: Floats) -> Floats:
+        """Curves of hazards, ``[rows, edges]``; nothing is longer than the longest."""
+        curves = np.empty((len(hazards), hazards.shape[1] + 1))
+        curves[:, 0] = 1.0
+        np.subtract(1.0, hazards, out=curves[:, 1:])
+        np.multiply.accumulate(curves, axis=1, out=curves)
+        curves[:, -1] = 0.0
+        return curves

@@ -358,6 +358,18 @@ def test_tables_stay_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cells[:, 0] <= cells[:, 1] + 1e-9).all()
 
 
+def test_what_has_faded_is_gone() -> None:
+    """Numbers that only get smaller would end as denormal ones, which are slow."""
+    found = LengthForecaster(LONGEST)
+    train(found, [1])
+    train(found, [300] * 3000)
+    cells = found._table.cells
+    assert found._table.rows([0]).places.tolist() == [0]
+    assert cells[0, 0, 0] == 0.0  # 0.98 ** 3000 is 5e-27
+    assert cells[cells > 0].min() > hazards.FADED / 1e3
+    assert cells[1, 0, 0] == pytest.approx(0.999**3000)
+
+
 def test_conversations_are_bounded() -> None:
     found = forecaster.Conversations(most=3, most_hashes=2)
     for number in range(5):

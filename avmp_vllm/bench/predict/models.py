@@ -73,9 +73,8 @@ class Remembered:
     def arrive(self, index: int, answer: Answer) -> Floats:
         """The same for everybody."""
         self._passed[index] = 0
-        hazards = self._table.first(self._table.cells)[0]
-        curve = np.concatenate([[1.0], np.cumprod(1.0 - hazards)])
-        curve[-1] = 0.0
+        hazards = self._table.hazards(self._row, 1, 1)
+        curve: Floats = self._table.curves(hazards)[0]
         return curve
 
     def progress(self, index: int, tokens: int) -> None:
