@@ -21,13 +21,13 @@ LOOKS = {
     LONG: (style.VERMILION, "D"),
     COUNTED: (style.GREY, "v"),
 }
-#: Beginning of a rule's name -> colour, marker.
+#: Beginning of a rule's name -> colour; rules of one family differ by marker.
 RULES = {
-    "constant": (style.GREY, "v"),
-    "mean": (style.PURPLE, "P"),
-    "S3": (style.ORANGE, "s"),
-    "eight adaptive, global": (style.VERMILION, "D"),
-    "eight adaptive, P": (style.BLUE, "o"),
+    "constant": style.GREY,
+    "mean": style.PURPLE,
+    "S3": style.ORANGE,
+    "eight adaptive, global": style.VERMILION,
+    "eight adaptive, P": style.BLUE,
 }
 LETTERS = 12
 
@@ -49,7 +49,7 @@ def draw(result: Mapping[str, Any]) -> dict[str, Figure]:
     """``predict``: every model on every trace; the first trace's reservations."""
     traces = list(dict.fromkeys(result["parameters"]["trace"]))
     counts = {name: result["counts"][name] for name in traces}
-    made, (losses, fits) = style.figure(1, 2, size=(11, 1.8 + 0.34 * len(counts)))
+    made, (losses, fits) = style.figure(1, 2, size=(12, 2.2 + 0.3 * len(counts)))
     _losses(losses, counts)
     name = traces[0]
     _reservations(fits, counts[name]["reservations"])
@@ -78,32 +78,30 @@ def _losses(axes: Axes, counts: Mapping[str, Any]) -> None:
     axes.set_xlabel("nats")
     axes.set_title("Log-loss over fifths of the trace; less is better")
     style.light_grid(axes, "x")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
 
 
 def _reservations(axes: Axes, rules: Mapping[str, Any]) -> None:
-    """Each rule's point, named; those to the upper right keep their promise and waste little."""
-    above = True
-    for name, row in sorted(rules.items(), key=lambda item: item[1]["fill"]):
-        looks = [look for begin, look in RULES.items() if name.startswith(begin)]
-        if not looks:  # pages are no reservation
-            continue
-        colour, marker = looks[0]
-        axes.plot(row["fill"], row["fit"], color=colour, marker=marker, markersize=6)
-        axes.annotate(
-            name.removeprefix("eight "),
-            (row["fill"], row["fit"]),
-            xytext=(0, 7 if above else -12),
-            textcoords="offset points",
-            ha="center",
-            fontsize=6.5,
-            color=colour,
-        )
-        above = not above
+    """Each rule's point; those to the upper right keep their promise and waste little."""
+    for begin, colour in RULES.items():
+        family = [name for name in rules if name.startswith(begin)]
+        # By size, as the names of constants do not sort.
+        family.sort(key=lambda name: rules[name]["fill"])
+        for marker, name in zip(style.MARKERS, family, strict=False):
+            axes.plot(
+                rules[name]["fill"],
+                rules[name]["fit"],
+                color=colour,
+                marker=marker,
+                markersize=6,
+                linestyle="",
+                label=name,
+            )
     axes.set_xlim(0, 1)
-    axes.set_ylim(top=1.06)
+    axes.set_ylim(top=1.02)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1.0))
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_xlabel("fill: tokens used of those reserved")
     axes.set_ylabel("fit: answers within their bucket")
     style.light_grid(axes, "both")
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
