@@ -113,6 +113,16 @@ class Naive:
             fell = curve[places[0]] - curve[places[1]]
             self.loss[place] = self.keep * self.loss[place] - math.log(max(fell, self.least))
 
+    def stop(self, known: Known, curves: list[list[float]], begin: int, length: int) -> None:
+        """Cut off: it went through some bins, and outlived the octaves before the one it is in."""
+        passed, _ = self.bins.passed(length)
+        self.expose(known, begin, passed)
+        edges = self.bins.edges.tolist()
+        begun = max(e for e in (0, *(2**k for k in range(12))) if e <= edges[passed])
+        for place, curve in enumerate(curves):
+            outlived = max(curve[edges.index(begun)], self.least)
+            self.loss[place] = self.keep * self.loss[place] - math.log(outlived)
+
 
 REQUESTS = st.lists(
     st.tuples(
@@ -123,10 +133,15 @@ REQUESTS = st.lists(
 )
 
 
-def compare(requests: list[tuple[int, int, int, int]], progress: bool, **rule: float) -> None:
+def compare(
+    requests: list[tuple[int, int, int, int]],
+    progress: bool,
+    stopped: frozenset[int] = frozenset(),
+    **rule: float,
+) -> None:
     """Both models on requests that run one after the other; curves must be equal."""
     real, naive = LengthForecaster(LONGEST), Naive(**rule)
-    for prompt, turn, previous, length in requests:
+    for number, (prompt, turn, previous, length) in enumerate(requests):
         known = Known(prompt, turn, previous if turn else None)
         found, curves = real.forecast(known), naive.curves(known)
         np.testing.assert_allclose(found.curve, naive.curve(known), atol=1e-9)
@@ -135,17 +150,22 @@ def compare(requests: list[tuple[int, int, int, int]], progress: bool, **rule: f
             real.progress(found, length // 2)
             begin = naive.bins.passed(length // 2)[0]
             naive.expose(known, 0, begin)
-        real.finish(found, length)
-        naive.finish(known, curves, min(begin, naive.bins.bin(length)), length)
+        if number in stopped:
+            real.stop(found, length)
+            naive.stop(known, curves, begin, length)
+        else:
+            real.finish(found, length)
+            naive.finish(known, curves, min(begin, naive.bins.bin(length)), length)
         np.testing.assert_allclose(real.weights, naive.weights(), atol=1e-9)
 
 
-@given(REQUESTS, st.booleans())
+@given(REQUESTS, st.booleans(), st.frozensets(st.integers(0, 24)))
 @settings(max_examples=40, deadline=None)
 def test_equal_to_the_model_in_loops(
-    requests: list[tuple[int, int, int, int]], progress: bool
+    requests: list[tuple[int, int, int, int]], progress: bool, stopped: frozenset[int]
 ) -> None:
-    compare(requests, progress)
+    """Some answers end by themselves, some are cut off."""
+    compare(requests, progress, stopped)
 
 
 @pytest.mark.parametrize("rule", [{"worth": 9.0}, {"keep": 0.98}, {"least": 0.2}])
@@ -153,7 +173,7 @@ def test_control_the_comparison_sees_a_changed_rule(rule: dict[str, float]) -> N
     requests = [(100, 0, 1, 50), (100, 1, 50, 60), (3000, 2, 60, 4000), (100, 1, 60, 70)]
     compare(requests, False)
     with pytest.raises(AssertionError):
-        compare(requests, False, **rule)
+        compare(requests, False, frozenset(), **rule)
 
 
 # -- what it knows ---------------------------------------------------------------------------------
