@@ -1,19 +1,20 @@
-"""Whether the installed vLLM is the one that AVMP was written for.
+"""Whether a vLLM is one that AVMP was written for.
 
-The drift test of the engine and ``avmp doctor`` ask the same questions, of the same tables.
+The drift tests and ``avmp doctor`` ask the same questions, of the same tables. vLLM is read and not
+imported, so that the tests can ask them of a release that is not installed.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from avmp_vllm.doctor.source import Function, Gone, SourceTree, parameters
 
 if TYPE_CHECKING:
     from avmp_vllm.engine.entry.seams import Seam
 
-#: Methods that AVMP's subclasses override or call, and the parameters they rely on.
+#: Methods that AVMP's subclasses override or call, and the parameters they rely on: by place up to
+#: a ``*``, by name behind it.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.block_pool:BlockPool.__init__": (
         "self",
@@ -52,6 +53,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.block_pool:BlockPool.unpin_blocks": ("self", "blocks", "on_reuse"),
     "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.__init__": (
         "self",
+        "*",
         "kv_cache_config",
         "max_model_len",
         "max_in_flight_tokens",
@@ -124,6 +126,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.kv_cache_manager:KVCacheManager.__init__": (
         "self",
         "kv_cache_config",
+        "*",
         "max_model_len",
         "scheduler_block_size",
         "hash_block_size",
@@ -200,6 +203,7 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.worker.gpu.block_table:BlockTables.__init__": (
         "self",
+        "*",
         "block_sizes",
         "max_num_reqs",
         "max_num_batched_tokens",
@@ -221,49 +225,45 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
 }
 
 
-def drift(function: Callable[..., Any], expected: tuple[str, ...]) -> str:
-    """How a function's parameters differ from those expected at its start; empty if not."""
-    found = tuple(inspect.signature(function).parameters)
-    if found[: len(expected)] == expected:
+def drift(function: Function, expected: tuple[str, ...]) -> str:
+    """How a function's parameters differ from those relied on; empty if they do not."""
+    found = parameters(function)
+    by_place = expected[: expected.index("*")] if "*" in expected else expected
+    by_name = expected[len(by_place) + 1 :]
+    if found[: len(by_place)] == by_place and set(by_name) <= set(found):
         return ""
     return f"takes ({', '.join(found)}) and not ({', '.join(expected)}, ...)"
 
 
-def find(where: str) -> Callable[..., Any]:
-    """The function at ``module:path``.
+def all_seams(minor: str) -> tuple[Seam, ...]:
+    """Every seam that a minor release of vLLM has."""
+    from avmp_vllm.engine.entry import seams
 
-    Raises:
-        ImportError, AttributeError: It is gone.
+    return seams.of((*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2), minor)
+
+
+def relied_on(minor: str) -> dict[str, tuple[str, ...]]:
+    """Every function of vLLM that AVMP wraps, overrides or calls, and the parameters relied on."""
+    wrapped = {f"{seam.module}:{seam.path}": seam.signature for seam in all_seams(minor)}
+    return wrapped | OVERRIDDEN
+
+
+def drifted(tree: SourceTree, minor: str) -> list[str]:
+    """A line for each function that AVMP relies on and that is not as expected.
+
+    Args:
+        tree: vLLM's source.
+        minor: Its minor release.
     """
-    module, path = where.split(":")
-    owner: Any = importlib.import_module(module)
-    for part in path.split("."):
-        owner = getattr(owner, part)
-    return owner
-
-
-def all_seams() -> tuple[Seam, ...]:
-    """Every seam, installed in this process or not."""
-    from avmp_vllm.engine.entry import seams
-
-    return (*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2)
-
-
-def drifted() -> list[str]:
-    """A line for each function of vLLM that AVMP wraps or overrides and that is not as expected."""
-    from avmp_vllm.engine.entry import seams
-
-    wanted = [
-        (f"{seam.module}:{seam.path}", lambda seam=seam: seams.stock(seam), seam.signature)
-        for seam in all_seams()
-    ]
-    wanted += [(where, lambda where=where: find(where), OVERRIDDEN[where]) for where in OVERRIDDEN]
     lines = []
-    for where, function, expected in wanted:
+    for where, expected in relied_on(minor).items():
         try:
-            problem = drift(function(), expected)
-        except (ImportError, AttributeError) as error:
-            problem = f"is gone ({error})"
-        if problem:
+            node = tree.find(where).node
+        except Gone as error:
+            lines.append(f"{where} is gone ({error})")
+            continue
+        if not isinstance(node, Function):
+            lines.append(f"{where} is no function any more")
+        elif problem := drift(node, expected):
             lines.append(f"{where} {problem}")
     return lines

@@ -10,15 +10,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 from avmp_vllm.core import Kind
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import group_of
@@ -49,8 +50,9 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
             )
         )
         inflated |= dict.fromkeys(group_of(kv_cache_config, kind).layer_names, spec)
-    groups = kv_cache_utils.get_kv_cache_groups(vllm_config, inflated)
-    planned: KVCacheConfig = kv_cache_utils.get_kv_cache_config_from_groups(
+    stock = minors.planning()
+    groups = stock.get_kv_cache_groups(vllm_config, inflated)
+    planned: KVCacheConfig = stock.get_kv_cache_config_from_groups(
         vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
     )
     ssm_groups = [g for g in groups if hasattr(g.kv_cache_spec, "mamba_cache_mode")]
@@ -67,9 +69,12 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
 def _stock_unit(vllm_config: VllmConfig) -> int:
     """Block size that stock vLLM would start from."""
     cache = vllm_config.cache_config
+    unit = 128 if vllm_config.device_config.device_type == "cpu" else 16
     if cache.user_specified_block_size:
-        return cache.block_size
-    return 128 if vllm_config.device_config.device_type == "cpu" else 16
+        unit = cache.block_size
+    if cache.mamba_cache_mode == "align":
+        unit = lcm(unit, minors.state_alignment(vllm_config))
+    return unit
 
 
 def states_per_sequence(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> int:
