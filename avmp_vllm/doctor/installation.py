@@ -189,7 +189,8 @@ def check_plugin() -> Check:
 
 def check_seams() -> Iterator[Check]:
     """The places of vLLM that AVMP wraps or overrides; a check for each that has drifted."""
-    from avmp_vllm.doctor.drift import OVERRIDDEN, all_seams, drifted
+    from avmp_vllm.doctor.drift import all_seams, drifted
+    from avmp_vllm.doctor.overridden import OVERRIDDEN
     from avmp_vllm.doctor.source import SourceTree
 
     found = minor_of(vllm_version())
@@ -202,9 +203,9 @@ def check_seams() -> Iterator[Check]:
     for problem in problems:
         yield fail("seams", problem, f"install a release of vLLM {SUPPORTED_VLLM_TEXT}, unchanged")
     if not problems:
+        wrapped = len(all_seams(minor))
         yield ok(
-            "seams",
-            f"{len(all_seams(minor))} wrapped, {len(OVERRIDDEN)} overridden functions are as expected",
+            "seams", f"{wrapped} wrapped, {len(OVERRIDDEN)} overridden functions are as expected"
         )
 
 

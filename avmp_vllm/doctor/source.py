@@ -37,17 +37,6 @@ def parameters(function: Function) -> tuple[str, ...]:
     return tuple(names)
 
 
-def digest(node: ast.AST) -> str:
-    """A short hash of what a definition does: without its docstrings, comments and layout."""
-    tree = ast.parse(ast.unparse(node))  # a copy, which loses comments and layout
-    for part in ast.walk(tree):
-        if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            first = part.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-                part.body = part.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
-
-
 def statements(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
     """The statements of a body, and those under its conditions."""
     for node in body:
@@ -103,6 +92,34 @@ class SourceTree:
             if path.is_file():
                 return path
         return None
+
+    def digest(self, where: str) -> str:
+        """A short hash of what a definition says, without its docstrings and lines of comment.
+
+        Of the text and not of the syntax tree, so that every Python gives the same.
+
+        Raises:
+            Gone: It is not there.
+        """
+        found = self.find(where)
+        path = self._path(found.module.split(":")[0])
+        assert path is not None
+        decorators = getattr(found.node, "decorator_list", [])
+        first = min([found.node.lineno, *(each.lineno for each in decorators)])
+        lines = dict(enumerate(path.read_text("utf-8").splitlines(), start=1))
+        kept = set(range(first, (found.node.end_lineno or first) + 1))
+        for part in ast.walk(found.node):
+            if isinstance(part, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                head = part.body[0]
+                if isinstance(head, ast.Expr) and isinstance(head.value, ast.Constant):
+                    kept -= set(range(head.lineno, (head.end_lineno or head.lineno) + 1))
+        text = [lines[number].strip() for number in sorted(kept)]
+        said = [line for line in text if line and not line.startswith("#")]
+        return hashlib.sha256("\n".join(said).encode()).hexdigest()[:12]
+
+    def is_module(self, name: str) -> bool:
+        """Whether there is a module of that name."""
+        return self._path(name) is not None
 
     def module(self, name: str) -> ast.Module:
         """A module's syntax tree.
