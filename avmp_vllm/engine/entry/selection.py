@@ -33,7 +33,8 @@ def require_supported_vllm(found: str) -> None:
     if minor_of(found) not in SUPPORTED_VLLM:
         raise ConfigError(
             f"--block-manager avmp works with vLLM {SUPPORTED_VLLM_TEXT}, and this is vLLM "
-            f"{found}: install vLLM {SUPPORTED_VLLM_TEXT}, or the avmp-vllm release for vLLM {found}"
+            f"{found}: install vLLM {SUPPORTED_VLLM_TEXT}, or the avmp-vllm release for "
+            f"vLLM {found}"
         )
 
 
