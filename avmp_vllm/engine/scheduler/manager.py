@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
     from vllm.v1.request import Request
 
+    from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+
 
 class AVMPBlockSpaceManager(KVCacheManager):
     """vLLM's ``KVCacheManager`` with a dual-pool arena behind it.
@@ -32,6 +34,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         config: AVMP's options.
         kwargs: Of ``KVCacheManager``.
     """
+
+    block_pool: AVMPBlockPool
 
     def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
