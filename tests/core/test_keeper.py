@@ -1093,5 +1093,9 @@ def test_control_a_broken_keeper_is_noticed(
 ) -> None:
     breakage(monkeypatch)
     with pytest.raises(AssertionError):
-        for seed in range(4):
-            churn(Client(), random.Random(seed), 600)
+        _churn_a_few_times()
+
+
+def _churn_a_few_times() -> None:
+    for seed in range(4):
+        churn(Client(), random.Random(seed), 600)

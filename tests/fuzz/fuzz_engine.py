@@ -28,6 +28,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.core.capacity import stock_block_tokens
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.layout.arena import arena_config
 from avmp_vllm.engine.layout.limits import fit_model_len
 from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
@@ -114,7 +115,7 @@ def _cache_config(settings: Settings, config: VllmConfig, memory: int, avmp: boo
     if config.cache_config.prefix_cache_retention_interval:
         # A multiple of the block, which stock has chosen.
         config.cache_config.prefix_cache_retention_interval = 2 * block
-    (cache,) = kv_cache_utils.get_kv_cache_configs(config, [{"kv": kv, "ssm": ssm}], [memory])
+    (cache,) = minors.stock_cache_configs(config, [{"kv": kv, "ssm": ssm}], [memory])
     return cache
 
 

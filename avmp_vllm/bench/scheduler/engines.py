@@ -25,6 +25,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from avmp_vllm.bench.scheduler.static_arena import StaticArena
 from avmp_vllm.core import Arena, Geometry, Kind
 from avmp_vllm.core.capacity import StaticSplit, stock_block_tokens
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.layout.arena import arena_config
 from avmp_vllm.engine.layout.groups import group_of
 from avmp_vllm.engine.layout.limits import blocks_per_request, fit_model_len
@@ -203,7 +204,7 @@ def _stock_config(vllm_config: VllmConfig, shape: ModelShape, settings: Settings
         block_size=block if settings.prefix_caching else settings.max_model_len,
         page_size_padded=kv.page_size_bytes,
     )
-    (config,) = kv_cache_utils.get_kv_cache_configs(
+    (config,) = minors.stock_cache_configs(
         vllm_config, [_layers(shape, kv, ssm)], [settings.memory]
     )
     return config

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 LAYOUT_ALIGNMENT = 16
 
 
+#: Bytes that surely hold a page of each kind, for what does not depend on them; never allocated.
+ANY_ARENA = 1 << 50
+
+
 @dataclass
 class AVMPCacheConfig(KVCacheConfig):
     """vLLM's cache configuration with an arena behind it.
@@ -53,15 +57,19 @@ class AVMPCacheConfig(KVCacheConfig):
 
 
 def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the engine core's ``get_kv_cache_configs``: one arena a rank, two groups over it."""
+    """Wrap the engine core's ``get_kv_cache_configs``: one arena a rank, two groups over it.
+
+    From vLLM 0.33 on the groups come as an argument of their own. They are made again here.
+    """
 
     def wrapper(
         vllm_config: VllmConfig,
         kv_cache_specs: list[dict[str, KVCacheSpec]],
         available_memory: list[int],
+        *groups: Any,
     ) -> list[KVCacheConfig]:
         if selected(vllm_config.additional_config) is None:
-            return stock(vllm_config, kv_cache_specs, available_memory)
+            return stock(vllm_config, kv_cache_specs, available_memory, *groups)
         configs = [
             arena_config(vllm_config, specs, min(available_memory)) for specs in kv_cache_specs
         ]
@@ -73,6 +81,23 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, geometry)
         return list(configs)
+
+    return wrapper
+
+
+def get_global_kv_cache_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the engine core's ``get_global_kv_cache_groups`` of vLLM 0.33: the arena's two groups.
+
+    vLLM asks for them before it knows how many bytes there are.
+    """
+
+    def wrapper(
+        vllm_config: VllmConfig, kv_cache_specs: list[dict[str, KVCacheSpec]]
+    ) -> list[KVCacheGroupSpec]:
+        if selected(vllm_config.additional_config) is None:
+            return stock(vllm_config, kv_cache_specs)
+        merged = {name: spec for specs in kv_cache_specs for name, spec in specs.items()}
+        return list(arena_config(vllm_config, merged, ANY_ARENA).kv_cache_groups)
 
     return wrapper
 

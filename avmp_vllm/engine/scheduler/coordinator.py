@@ -21,6 +21,7 @@ from vllm.v1.core.kv_cache_coordinator import (
 
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import Role, kind_of_spec, role_of, state_spec
@@ -90,6 +91,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
                 stock.hash_block_size,
                 stock.enable_kv_cache_events,
                 stock.metrics_collector,
+                **minors.hash_lookahead(stock),
             )
             for kind in Kind
         }

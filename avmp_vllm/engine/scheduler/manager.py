@@ -8,6 +8,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
 from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, kind_of
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.scheduler.coordinator import (
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
     from vllm.v1.request import Request
 
+    from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+
 
 class AVMPBlockSpaceManager(KVCacheManager):
     """vLLM's ``KVCacheManager`` with a dual-pool arena behind it.
@@ -31,6 +34,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         config: AVMP's options.
         kwargs: Of ``KVCacheManager``.
     """
+
+    block_pool: AVMPBlockPool
 
     def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
@@ -47,6 +52,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
             "hash_block_size": kwargs["hash_block_size"],
             "metrics_collector": self.metrics_collector,
             "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+            **minors.hash_lookahead(self.block_pool),
         }
         self.coordinator = (
             AVMPCoordinator(kv_cache_config, config, enable_caching=True, **common)

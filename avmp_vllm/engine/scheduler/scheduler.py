@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import RequestStatus
 
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import checkpoint_spacing
@@ -62,7 +63,9 @@ class MovePlanMixin(StreamingSessions):
             pcp_world_size=1,
             metrics_collector=self.kv_metrics_collector,
             watermark=self.scheduler_config.watermark,
+            **minors.hash_lookahead(self),
         )
+        minors.renew_auxiliary_outputs(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""

@@ -79,10 +79,14 @@ class AVMPModelRunnerV2(GPUModelRunner):
         )
 
     def initialize_kv_cache(
-        self, kv_cache_config: AVMPCacheConfig, is_profiling: bool = False, **kwargs: Any
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        is_profiling: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Make the cache, and what applies move plans to it."""
-        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         geometry = kv_cache_config.geometry
         assert geometry is not None
         if self._by_handle:
