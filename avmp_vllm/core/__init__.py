@@ -19,7 +19,7 @@ keeper         which states are worth their bytes: what is made, and what goes f
 from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
-from avmp_vllm.core.plan import Copy, MovePlan, Relocation
+from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "MovePlan",
     "Relocation",
     "SSMLayer",
+    "Save",
     "Statistics",
     "kind_of",
 ]

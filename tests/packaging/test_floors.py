@@ -24,7 +24,7 @@ ENGINE = {
     "scheduler": {"entry", "layout"},
     "worker": {"entry", "layout", "handles"},
     "handles": {"entry", "layout"},
-    "cpu": {"entry"},
+    "cpu": {"entry", "layout"},
 }
 
 
