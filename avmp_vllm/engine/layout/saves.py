@@ -8,15 +8,13 @@ whose kernels take handles, on the device.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from vllm.model_executor.layers.mamba.mamba_mixer import MambaMixer
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from avmp_vllm.core import InvariantViolation, Save
-
-if TYPE_CHECKING:
-    import torch
 
 
 class Resolves(Protocol):
@@ -145,8 +143,7 @@ def _rows_of(saves: Iterable[Save], states: torch.Tensor) -> tuple[torch.Tensor,
         for handle, chunk in chunks.items()
     ]
     table.append([-1] + [0] * (2 * most))
-    device = states.device
-    rows = async_tensor_h2d(table, dtype=torch.int32, device=device)
+    rows = async_tensor_h2d(table, dtype=torch.int32, device=states.device)
     found = states[:, None] == rows[None, :, 0]
     found[:, -1] = ~found[:, :-1].any(dim=1)
     picked = rows[found.int().argmax(dim=1)]
