@@ -22,7 +22,7 @@ from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
 from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, PageGroup, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
-from avmp_vllm.core.plan import Copy, MovePlan, Relocation
+from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "PageGroup",
     "Relocation",
     "SSMLayer",
+    "Save",
     "Stage",
     "Statistics",
     "kind_of",

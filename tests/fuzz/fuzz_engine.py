@@ -66,6 +66,7 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
     scheduler.max_model_len = settings.max_model_len
     scheduler.max_num_batched_tokens = settings.budget
     scheduler.max_num_scheduled_tokens = settings.budget
+    scheduler.long_prefill_token_threshold = settings.threshold
     scheduler.max_num_seqs = settings.sequences
     scheduler.policy = settings.policy
     scheduler.async_scheduling = settings.ahead > 0
@@ -92,7 +93,7 @@ def _specs(settings: Settings) -> tuple[FullAttentionSpec, MambaSpec]:
         dtypes=(torch.float64,),
         mamba_cache_mode="align" if settings.caching else "none",
         num_prefill_checkpoint_blocks=int(settings.checkpoints),
-        prefill_checkpoint_alignment=1 if settings.checkpoints else None,
+        prefill_checkpoint_alignment=1 if settings.checkpoints or settings.anywhere else None,
     )
     return kv, ssm
 

@@ -25,7 +25,7 @@ ENGINE = {
     "scheduler": {"entry", "layout"},
     "worker": {"entry", "layout", "handles"},
     "handles": {"entry", "layout"},
-    "cpu": {"entry"},
+    "cpu": {"entry", "layout"},
 }
 
 

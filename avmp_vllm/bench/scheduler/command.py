@@ -22,8 +22,10 @@ from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
 from avmp_vllm.planner.command import STATIC_RATIO, parse_bytes
 
-#: ``stock-dense`` is stock with every state kept, its best setting where conversations go on.
-_VARIANTS = ("stock", "stock-dense", "static", "avmp")
+#: ``stock-dense`` is stock with every state kept, its best setting where conversations go on;
+#: ``avmp-inside`` is AVMP with layers that save states inside of a chunk (Mamba-1 on CPU, and with
+#: ``kernels: handles``).
+_VARIANTS = ("stock", "stock-dense", "static", "avmp", "avmp-inside")
 _DEFAULT_VARIANTS = ("stock", "static", "avmp")
 BENCHMARK = "scheduler"
 

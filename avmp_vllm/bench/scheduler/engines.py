@@ -261,9 +261,10 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
             "block_manager": "avmp",
             "avmp": {"verify": settings.verify},
         }
-        config = arena_config(
-            vllm_config, _layers(shape, *_specs(shape, settings)), settings.memory
-        )
+        kv, ssm = _specs(shape, settings)
+        if variant == "avmp-inside":
+            ssm = replace(ssm, prefill_checkpoint_alignment=1)
+        config = arena_config(vllm_config, _layers(shape, kv, ssm), settings.memory)
         fit_model_len(vllm_config, config)
     cache.num_gpu_blocks = config.num_blocks
     cache.block_size = min(g.kv_cache_spec.block_size for g in config.kv_cache_groups)
@@ -284,7 +285,7 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
     arena: Arena | None = None
     if variant == "static":
         arena = _make_static(scheduler, settings)
-    elif variant == "avmp":
+    elif not stock:
         arena = scheduler.kv_cache_manager.arena
     block_bytes = 0 if arena else config.kv_cache_tensors[0].size // config.num_blocks
     kv_dtype = settings.kv_dtype

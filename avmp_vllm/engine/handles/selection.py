@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -69,6 +70,16 @@ def get_attn_backend_cls(stock: Callable[..., str]) -> Callable[..., str]:
 def takes_handles(spec: KVCacheSpec) -> bool:
     """Whether AVMP has kernels for a kind of layer: attention and Mamba-1."""
     return not isinstance(spec, MambaSpec) or spec.mamba_type == MambaAttentionBackendEnum.MAMBA1
+
+
+def saving_inside(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """Have Mamba-1 layers' specs say that they save states at any position of a chunk."""
+    return {
+        name: replace(spec, prefill_checkpoint_alignment=1)
+        if isinstance(spec, MambaSpec) and takes_handles(spec)
+        else spec
+        for name, spec in specs.items()
+    }
 
 
 def bind(

@@ -30,6 +30,7 @@ from avmp_vllm.engine.worker.v2.check import BatchCheck
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
@@ -102,8 +103,14 @@ class AVMPModelRunnerV2(GPUModelRunner):
             self._page_table.warm_up()
             buffer.warm_up()
             self._plans = PlanApplier(self._page_table, buffer)
+            self._plans.saves.bind(self.compilation_config.static_forward_context)
             if self._verify:
                 self._check = BatchCheck(self._block_tables, self._page_table.resident, geometry)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The layers' specs; AVMP's own kernels save states inside of chunks."""
+        specs = super().get_kv_cache_spec()
+        return handle_kernels.saving_inside(specs) if self._by_handle else specs
 
     def _init_kv_zero_meta(self) -> None:
         """Nothing to prepare: move plans zero pages, by kind."""
@@ -114,7 +121,10 @@ class AVMPModelRunnerV2(GPUModelRunner):
             self._plans.apply_from(scheduler_output)
         # Under verification every step of the scheduler has a plan; warm-ups and dummies have none.
         self._planned = getattr(scheduler_output, PLAN, None) is not None
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        result = super().execute_model(scheduler_output, *args, **kwargs)
+        if self._plans is not None:
+            self._plans.saves.end()
+        return result
 
     def prepare_attn(
         self, input_batch: InputBatch
