@@ -117,7 +117,8 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
             "runner": type(runner).__name__,
             "page_tokens": runner.kv_cache_config.geometry.page_tokens,
             "backends": sorted({g.backend.__name__ for gs in runner.attn_groups for g in gs}),
-            "ssm_handles": bool((runner.block_tables.input_block_tables[1] >> 30).any()),
+            "ssm_handles": bool((runner.block_tables.input_block_tables[-1] >> 30).any()),
+            "tables": len(runner.kv_cache_config.kv_cache_groups),
             "hits": hits,
             "scheduler": type(scheduler_of(llm)).__name__,
             "migrations": sum(did.statistics.migrations.values()),
@@ -611,10 +612,12 @@ def scenarios(
     }
 
 
-def main(result: str, models: str, *names: str) -> None:
-    """Run the scenarios (default: all) on models (a comma between) and write what they return."""
+def main(
+    result: str, runs: dict[str, Callable[[], dict[str, Any]]], names: tuple[str, ...] = ()
+) -> None:
+    """Run scenarios, all or those named, and write what they return."""
     done: dict[str, Any] = {}
-    for name, run in scenarios(*models.split(",")).items():
+    for name, run in runs.items():
         if names and name not in names:
             continue
         gc.collect()
@@ -626,4 +629,4 @@ def main(result: str, models: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], scenarios(*sys.argv[2].split(",")), tuple(sys.argv[3:]))

@@ -32,7 +32,7 @@ class _Launch(NamedTuple):
 
 
 class ArenaBlockTables(BlockTables):
-    """vLLM's block tables, one group a pool, with what the group's kernels read.
+    """vLLM's block tables, of any number of groups, with what the group's kernels read.
 
     Args:
         stock: Tables of the sizes that vLLM chose; only their sizes are used.
@@ -64,7 +64,7 @@ class ArenaBlockTables(BlockTables):
             slot_mapping_enabled=stock._slot_mapping_enabled,
         )
         assert stock.cp_size == 1, "context parallelism is refused at start-up"
-        assert self.fused_writer is not None, "an arena has two groups"
+        assert self.fused_writer is not None, "an arena has a group for each pool"
         self.kinds = kinds
         self.handles = [table.gpu for table in self.block_tables]
         self._handle_ptrs = self.block_table_ptrs

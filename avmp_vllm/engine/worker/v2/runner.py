@@ -87,6 +87,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
         **kwargs: Any,
     ) -> None:
         """Make the cache, and what applies move plans to it."""
+        if self._by_handle:
+            handle_kernels.check_groups(kv_cache_config)
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         geometry = kv_cache_config.geometry
         assert geometry is not None
