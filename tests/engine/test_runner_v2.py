@@ -174,7 +174,8 @@ def test_kernels_by_handle(done, expected, name):
     assert did["scheduler"] == "AVMPAsyncScheduler"
     assert did["migrations"] > 0
     assert did["relocations"] > 0
-    assert did["preemptions"] > 0
+    # Prompts that are not cut leave no room for one here: they end before others grow.
+    assert name == "handles" or did["preemptions"] > 0
     assert did["hits"] > 0
     assert (did["saved"] > 0) is (name == "handles")
     assert did["rounds"] == [expected[name]] * 2

@@ -222,26 +222,6 @@ def test_control_states_that_are_not_saved_are_noticed(tiny_jamba, monkeypatch):
         greedy(llm, branching_prompts()[:1])
 
 
-def test_saves_are_forgone_before_anybody_is_preempted(tiny_jamba):
-    """Where bytes are short, a state for later requests is not worth a running one's blocks."""
-    prompts = mixed_prompts(seed=3, count=12)
-    with engine(tiny_jamba) as llm:
-        expected = greedy(llm, prompts, 24)
-    with engine(
-        tiny_jamba,
-        avmp={"growth_tokens": 0},
-        max_model_len=352,
-        kv_cache_memory_bytes=880_000,
-        enable_prefix_caching=True,
-    ) as llm:
-        forgone = []
-        forgo = states_of(llm).forgo
-        states_of(llm).forgo = lambda name: forgone.append(forgo(name)) or forgone[-1]
-        assert greedy(llm, prompts, 24) == expected
-        assert sum(forgone) > 0
-        assert_nothing_held(llm)
-
-
 # -- from the plan to the layers -------------------------------------------------------------------
 
 
