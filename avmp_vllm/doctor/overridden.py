@@ -344,6 +344,11 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "hidden_states",
         "output",
     ),
+    "vllm.model_executor.layers.mamba.abstract:MambaBase.get_kv_cache_spec": (
+        "self",
+        "vllm_config",
+    ),
+    "vllm.v1.worker.gpu.model_runner:GPUModelRunner.get_kv_cache_spec": ("self",),
     "vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2.get_kv_cache_spec": (
         "self",
         "vllm_config",
