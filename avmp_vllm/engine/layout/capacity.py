@@ -25,8 +25,8 @@ from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.core.tables import Role, round_up
 from avmp_vllm.engine.layout.groups import (
-    Role,
     checkpoint_spacing,
     first_spec,
     group_of,
@@ -53,6 +53,10 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
         max(state.page_size_bytes for state in states),
         _stock_unit(vllm_config, slots),
     )
+    config = selected(vllm_config.additional_config)
+    if config is not None and config.page_tokens is None:
+        # The page is what every backend takes, and stock's block is a multiple of that too.
+        tokens = round_up(tokens, slots.block_size)
     page = slots.page_size_bytes // slots.block_size * tokens
     aligned = vllm_config.cache_config.mamba_cache_mode == "align"
     inflated = {name: _inflated(name, spec, tokens, page, aligned) for name, spec in specs.items()}
