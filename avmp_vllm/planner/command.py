@@ -84,7 +84,7 @@ def _print_layers(console: Console, shape: ModelShape, plan: Plan) -> None:
     console.print(f"{shape.name} ({shape.model_type}):")
     for layer, cache in zip(shape.layers, plan.layers.caches, strict=True):
         console.print(
-            f"  {layer.layers} x {layer.what}, {layer.role.value}: {cache.entry_bytes:,} bytes a "
+            f"  {layer.layers} x {layer.what}, {layer.role.value}: {cache.entry_bytes:,} bytes "
             + _entry(layer.role, cache.entry_tokens)
         )
     for note in (f"source: {shape.source}" if shape.source else "", *shape.assumed):
@@ -99,10 +99,10 @@ def _print_layers(console: Console, shape: ModelShape, plan: Plan) -> None:
 
 def _entry(role: Role, tokens: int) -> str:
     if role is Role.STATE:
-        return "state"
+        return "a state"
     if role is Role.RING:
-        return "entry"
-    return "token" if tokens == 1 else f"{tokens} tokens"
+        return "an entry"
+    return "a token" if tokens == 1 else f"for {tokens} tokens"
 
 
 def _print_sizes(console: Console, plan: Plan, caching: bool) -> None:

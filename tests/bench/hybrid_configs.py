@@ -194,6 +194,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **_LATENT,
         "model_type": "kimi_linear",
         "q_lora_rank": None,
+        "mla_use_nope": True,
         "num_hidden_layers": 8,
         "linear_attn_config": {
             "num_heads": 4,
@@ -224,6 +225,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 128,
         "mlp_layer_types": ["dense"] * 8,
         "mhc": False,
+        "mla_use_nope": True,
+        "indexer_rope_interleave": True,
     },
 }
 for _architecture, _config in CONFIGS.items():

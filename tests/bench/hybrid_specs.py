@@ -8,6 +8,7 @@ no layer is run.
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import json
 import os
@@ -23,13 +24,24 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
 from hybrid_configs import CONFIGS
+from hybrid_specs_constants import ARENA, LONGEST, PAGE, SPACING, STEP
 
-ARENA = 64 << 20
+# Settles what transformers itself finds of torchvision, before the stand-in does.
+importlib.import_module("transformers.image_utils")
+
 _STORE = tempfile.NamedTemporaryFile()  # noqa: SIM115  (as long as the process lives)
-PAGE, SPACING, LONGEST, STEP = 32, 1024, 4096, 512
 
 
-class _Anything:
+class _Any(type):
+    """A class has whatever is asked of it."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _Anything()
+
+
+class _Anything(metaclass=_Any):
     """Whatever a module wants of a library that is missing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -39,6 +51,8 @@ class _Anything:
         return _Anything()
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
         return _Anything()
 
 
@@ -74,13 +88,42 @@ sys.meta_path.append(_StandIn())  # type: ignore[arg-type]  # behind the real on
 # CPU builds of some machines settle the state's type by themselves; the planner has CUDA's.
 torch.cpu._is_avx512_bf16_supported = lambda: False
 
-import vllm
-from vllm.model_executor.models import registry
-from vllm.triton_utils import triton
+
+def _unpinned(make: Any) -> Any:
+    """Without a device there is no pinned memory."""
+    return lambda *args, pin_memory=False, **kwargs: make(*args, **kwargs)
+
+
+torch.empty, torch.zeros = _unpinned(torch.empty), _unpinned(torch.zeros)
+
+import vllm  # noqa: E402
+from vllm.model_executor.models import registry  # noqa: E402
+from vllm.platforms.cpu import CpuPlatform  # noqa: E402
+from vllm.triton_utils import triton  # noqa: E402
+from vllm.utils import torch_utils  # noqa: E402
+from vllm.v1.worker.workspace import init_workspace_manager  # noqa: E402
 
 registry._run_in_subprocess = lambda look: look()
-if not hasattr(triton, "set_allocator"):
+torch.cuda.Stream = torch.cuda.Event = _Anything  # type: ignore[misc]
+torch_utils.get_accelerator_view_from_cpu_tensor = lambda tensor: tensor
+init_workspace_manager(torch.device("cpu"))
+torch.accelerator.empty_cache = lambda: None
+_backend_of_cpu = CpuPlatform.get_attn_backend_cls.__func__
+
+
+def _backend(
+    cls: Any, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+) -> str:
+    """CUDA's backend where CPU has none: sparse MLA."""
+    if attn_selector_config.use_sparse:
+        return "vllm.v1.attention.backends.mla.flashmla_sparse.FlashMLASparseBackend"
+    return _backend_of_cpu(cls, selected_backend, attn_selector_config, num_heads)
+
+
+CpuPlatform.get_attn_backend_cls = classmethod(_backend)
+if not hasattr(triton, "set_allocator"):  # vLLM's own stand-in, where Triton has no driver
     triton.set_allocator = lambda allocator: None
+    triton.next_power_of_2 = lambda number: 1 << (number - 1).bit_length()
 
 
 def hybrids() -> list[str]:
@@ -158,6 +201,11 @@ def answer(config: dict[str, Any]) -> dict[str, Any]:
     from avmp_vllm.engine.layout.capacity import plan_stock
     from avmp_vllm.engine.layout.groups import role_of
 
+    (name,) = config["architectures"]
+    registry.ModelRegistry.models[name].load_model_cls()
+    for module in [m for n, m in sys.modules.items() if n.startswith("vllm.models.qwen4_exp")]:
+        if hasattr(module, "is_flash_attn_varlen_func_available"):
+            module.is_flash_attn_varlen_func_available = lambda: True
     made, specs = _build(config)
     arena = arena_config(made, specs, ARENA)
     sizes = {spec.page_size_bytes for spec in specs.values() if spec.tokens_per_state != -1}
@@ -167,6 +215,7 @@ def answer(config: dict[str, Any]) -> dict[str, Any]:
     assert geometry is not None
     return {
         "layers": [[role_of(n, s).name, s.page_size_bytes] for n, s in specs.items()],
+        "alignment": max(s.get_block_stride_alignment() for s in specs.values()),
         "geometry": [geometry.page_bytes, geometry.block_bytes, geometry.page_tokens],
         "more_groups": [[g.page_tokens, g.most] for g in geometry.more_groups],
         "stock": stock

@@ -23,9 +23,9 @@ from vllm.v1.kv_cache_interface import (
 from avmp_vllm.core import Kind, PageGroup
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.core.tables import Role, round_up
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
-from avmp_vllm.core.tables import Role, round_up
 from avmp_vllm.engine.layout.groups import (
     checkpoint_spacing,
     first_spec,
