@@ -48,8 +48,8 @@ class StockPlan:
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of an attention block."""
-        return self.groups[0].page_tokens
+        """Tokens of an attention block: of the first group with a slot for every token."""
+        return next(group.page_tokens for group in self.groups if group.most is None)
 
     @property
     def tables(self) -> int:

@@ -105,7 +105,7 @@ def plan_stock(
     if any(one.cache.role is Role.RING or one.cache.entry_tokens > 1 for one in sized):
         return _plan_packed(sized, arena_bytes, rules.alignment, states, load)
     unified = _unify(sized)
-    return unified and _plan_uniform(unified, arena_bytes, states, load)
+    return None if unified is None else _plan_uniform(unified, arena_bytes, states, load)
 
 
 def _unify(sized: Sequence[_Sized]) -> list[_Sized] | None:

@@ -7,17 +7,19 @@ is what its planning functions answer for those sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
+    SparseCacheRole,
 )
 
 from avmp_vllm.core import Kind, PageGroup
@@ -46,7 +48,7 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
     """Plan the same layers and bytes as stock vLLM does; None for layers that it cannot plan."""
     specs = kv_cache_config.layer_specs
     states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
-    slots = first_spec(group_of(kv_cache_config, Kind.KV).kv_cache_spec)
+    slots = _attention(specs)
     tokens = stock_block_tokens(
         slots.block_size,
         slots.page_size_bytes,
@@ -79,6 +81,18 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
         ssm_groups=sum(isinstance(spec, MambaSpec) for spec in firsts),
         states=ceil_div(held.max_memory_usage_bytes(vllm_config), held.page_size_bytes),
         blocks=planned.num_blocks - 1,
+    )
+
+
+def _attention(specs: Mapping[str, KVCacheSpec]) -> AttentionSpec:
+    """The spec of the model's attention, by which stock vLLM sizes its block: no indexer's."""
+    return next(
+        spec
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec)
+        and role_of(name, spec) is Role.SLOTS
+        and spec.tokens_per_state == 1
+        and getattr(spec, "cache_role", None) is not SparseCacheRole.INDEXER
     )
 
 
