@@ -8,6 +8,7 @@ import torch
 from families import HALF, attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     CircularBufferSpec,
     FullAttentionSpec,
@@ -18,6 +19,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from avmp_vllm.core import stock
 from avmp_vllm.core.caches import Cache, Layers, Load
 from avmp_vllm.core.stock import StockRules, plan_stock
 from avmp_vllm.core.tables import Role
@@ -152,10 +154,16 @@ def test_indexers_and_rings(slots, more, states):
     _check([slots, *more, *states])
 
 
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(1, 12))
+def test_the_group_size_that_pads_least_is_vllms(counts, least):
+    """Ties included."""
+    least = min(least, max(counts))
+    theirs = kv_cache_utils._approximate_gcd(counts, lower_bound=least)
+    assert stock._least_padding(counts, least) == theirs
+
+
 def test_control_a_rule_left_out_is_seen(monkeypatch):
     """Groups as many as layers, not of equal size: vLLM's plan has fewer blocks' worth."""
-    from avmp_vllm.core import stock
-
     monkeypatch.setattr(stock, "group_layers", lambda counts: (1, list(counts)))
     layers = [Cache(Role.SLOTS, 2, 256), Cache(Role.STATE, 6, 1000)]
     try:
