@@ -8,7 +8,9 @@ geometry       byte sizes and index ranges of an arena
 handles        32-bit names of pages
 band           the pages of one pool: placement, page table, growth, shrinking
 arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
+extents        which bytes of an elastic arena must have memory
 plan           what a worker must do to the bytes before its next forward pass
+integrity      every invariant of an arena, checked
 statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
 reuse          how soon a state is used again, learned from what has been used
@@ -21,9 +23,10 @@ stock          stock vLLM's plan for layers of several layouts
 """
 
 from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
+from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, PageGroup, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
-from avmp_vllm.core.plan import Copy, MovePlan, Relocation
+from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
 
 __all__ = [
@@ -33,6 +36,7 @@ __all__ = [
     "Arena",
     "ArenaTooSmall",
     "Copy",
+    "Extents",
     "Geometry",
     "InvariantViolation",
     "KVLayer",
@@ -41,6 +45,8 @@ __all__ = [
     "PageGroup",
     "Relocation",
     "SSMLayer",
+    "Save",
+    "Stage",
     "Statistics",
     "kind_of",
 ]

@@ -12,6 +12,11 @@ pool, least recently used first. Only then does the allocation fail. Because a b
 packed, it fails only when the referenced bytes and the request exceed the arena. Who knows better
 than age what is worth keeping can choose what goes.
 
+In an *elastic* arena the gap needs no memory. It is then never less than a *reserve*, so that what
+is backed stays within a budget which may change at any time; the bands grow by what is asked, come
+back by `trim`, and each step's plan says how far they reached. A reserve that referenced pages do
+not leave makes the arena *over*: it refuses every request until they have gone.
+
 A page is *free*, *referenced* or *cached*. Who shares a referenced page, and what a cached page is
 good for, is the caller's business. Nothing here looks at a clock, draws a number or walks a set to
 decide, so the same calls give the same relocations.
@@ -27,8 +32,10 @@ from itertools import islice
 from math import inf
 
 from avmp_vllm.core.band import Band
-from avmp_vllm.core.geometry import Geometry, ceil_div
-from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
+from avmp_vllm.core.extents import ExtentLog, Extents, Stage
+from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, ceil_div
+from avmp_vllm.core.handles import SSM_TAG, Kind, kind_of
+from avmp_vllm.core.integrity import problems
 from avmp_vllm.core.plan import Relocation
 from avmp_vllm.core.statistics import Statistics
 
@@ -53,6 +60,7 @@ class Arena:
             pages' worth of bytes, so that a busy boundary does not flap.
         on_evict: Called with the handles of cached pages of one pool that are given up, before they
             are reused.
+        chunk_bytes: Bytes that are backed at a time, if the arena is elastic.
 
     Attributes:
         choose: Names cached pages of either pool that go next, or none if it has no opinion; then,
@@ -66,9 +74,12 @@ class Arena:
         *,
         migration_batch: int = MIGRATION_BATCH,
         on_evict: Callable[[Sequence[int]], None] | None = None,
+        chunk_bytes: int | None = None,
     ) -> None:
         if migration_batch < 1:
             raise ValueError(f"migration_batch must be at least 1, not {migration_batch}")
+        if chunk_bytes is not None and chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be at least 1, not {chunk_bytes}")
         self.geometry = geometry
         self.choose: Callable[[], Sequence[int]] | None = None
         self.statistics = Statistics()
@@ -83,6 +94,10 @@ class Arena:
         )
         self._clock = 0
         self._relocations: list[Relocation] = []
+        self._chunk_bytes = chunk_bytes
+        self._reserve = 0
+        self._over = False  # gap_bytes < reserve
+        self._log = None if chunk_bytes is None else ExtentLog(self.extents)
 
     # -- sizes ---------------------------------------------------------------------------------
 
@@ -119,16 +134,39 @@ class Arena:
             geometry.null_blocks + ssm.capacity
         ) * ssm.unit
 
+    @property
+    def extents(self) -> Extents:
+        """The bytes outside the gap."""
+        geometry, (kv, ssm) = self.geometry, self._bands
+        return Extents(
+            (geometry.null_blocks + ssm.capacity) * ssm.unit,
+            (geometry.pages - kv.capacity) * kv.unit,
+        )
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes that the gap has at least, unless the arena is over."""
+        return self._reserve
+
+    @property
+    def over_bytes(self) -> int:
+        """Bytes by which referenced pages keep the gap below the reserve."""
+        return max(self._reserve - self.gap_bytes, 0)
+
     def fits(self, pages: int, blocks: int) -> bool:
         """Whether so many more KV pages and SSM blocks can be referenced. Exact."""
-        return self.geometry.fits(self.used(Kind.KV) + pages, self.used(Kind.SSM) + blocks)
+        return self.geometry.fits(
+            self.used(Kind.KV) + pages, self.used(Kind.SSM) + blocks, self._reserve
+        ) or not (pages or blocks)
 
     def available(self, kind: Kind) -> int:
         """How many pages of a pool could be referenced now if nothing else were asked."""
         beside = self.used(kind.other)
         if kind is Kind.KV:
-            return self.geometry.pages_beside(beside) - self.used(kind)
-        return self.geometry.blocks_beside(beside) - self.used(kind)
+            most = self.geometry.pages_beside(beside, self._reserve)
+        else:
+            most = self.geometry.blocks_beside(beside, self._reserve)
+        return max(most - self.used(kind), 0)
 
     def physical(self, handle: int) -> int:
         """Resolve a handle to the physical index of its page in its pool's view."""
@@ -150,7 +188,7 @@ class Arena:
             AllocationFailure: Referenced bytes and the request exceed the arena. Nothing changed.
         """
         kv, ssm = self._bands
-        if kv.free < pages or ssm.free < blocks:
+        if kv.free < pages or ssm.free < blocks or self._over:
             self._make_room(pages, blocks)
         handles = kv.take(pages)
         self._note_peak(kv)
@@ -169,7 +207,7 @@ class Arena:
             AllocationFailure: Referenced bytes and the request exceed the arena. Nothing changed.
         """
         kv, ssm = self._bands
-        if kv.free < pages or ssm.free < blocks:
+        if kv.free < pages or ssm.free < blocks or self._over:
             self._make_room(pages, blocks)
 
     def note_failure(self, pages: int, blocks: int) -> None:
@@ -220,6 +258,103 @@ class Arena:
         relocations, self._relocations = self._relocations, []
         return relocations
 
+    # -- an elastic arena ----------------------------------------------------------------------
+
+    def set_reserve(self, reserve: int) -> int:
+        """Change the least bytes of the gap: cached pages go and the bands come back as needed.
+
+        Returns:
+            Bytes by which referenced pages keep the gap below it; they go with those pages.
+
+        Raises:
+            ValueError: The arena is not elastic, or the reserve is negative.
+            ArenaTooSmall: Not even the null bytes would be left.
+        """
+        if self._log is None:
+            raise ValueError("an arena without chunk_bytes has no reserve")
+        if reserve < 0:
+            raise ValueError(f"a reserve must not be negative, and {reserve} is")
+        if not self.geometry.fits(0, 0, reserve):
+            raise ArenaTooSmall(
+                f"a reserve of {reserve} bytes leaves no null bytes in an arena of "
+                f"{self.geometry.arena_bytes}"
+            )
+        self._reserve = reserve
+        self._come_back(0, 0)
+        return self.over_bytes
+
+    def trim(self, slack: int = 0) -> int:
+        """Bring the bands back to what is referenced and cached, by whole chunks.
+
+        A live page in the way is relocated. Free pages stay where their bytes are in a chunk that
+        is needed anyway. Over its reserve, an arena gives up its cached pages too.
+
+        Args:
+            slack: Free bytes that each band keeps, so that it need not grow again at once.
+
+        Returns:
+            Bytes that went to the gap.
+        """
+        given = -self.gap_bytes
+        if self._over:
+            self._come_back(0, 0)
+        for band in self._bands:
+            spare = band.free - ceil_div(slack, band.unit)
+            if spare > 0:
+                spare -= self._rest_of_chunk(band, band.capacity - spare)
+            if spare > 0:
+                self._shrink(band, spare)
+        self._over = self.gap_bytes < self._reserve
+        return given + self.gap_bytes
+
+    def take_extents(self) -> tuple[tuple[Stage, ...], Extents] | None:
+        """Drain what the next plan needs: its stages, and what is needed after it.
+
+        Returns:
+            None if that is just what the last plan left, or if the arena is not elastic.
+        """
+        return None if self._log is None else self._log.take(self.extents)
+
+    def _rest_of_chunk(self, band: Band, capacity: int) -> int:
+        """Pages that lie between a band's end at some capacity and the end of that chunk.
+
+        A KV band without pages needs no chunk; an SSM band has the null bytes below it.
+        """
+        chunk = self._chunk_bytes or 1
+        if band.kind is Kind.SSM:
+            rest = -(self.geometry.null_blocks + capacity) * band.unit % chunk
+        elif capacity:
+            rest = (self.geometry.pages - capacity) * band.unit % chunk
+        else:
+            rest = 0
+        return rest // band.unit
+
+    def _come_back(self, pages: int, blocks: int) -> None:
+        """Bring the gap back to its reserve beside a request, as far as referenced pages let it."""
+        self._evict_for(pages, blocks)
+        for band in self._bands:
+            missing = self._reserve - self.gap_bytes
+            if missing > 0:
+                self._shrink(band, min(ceil_div(missing, band.unit), band.free))
+        self._over = self.gap_bytes < self._reserve
+
+    def _shrink(self, band: Band, count: int) -> None:
+        """Give up a band's innermost pages, and note what has to move for it."""
+        relocations = band.shrink(count)
+        self._relocations += relocations
+        self.statistics.relocations[band.kind] += len(relocations)
+        self.statistics.relocated_bytes[band.kind] += len(relocations) * band.unit
+
+    def _grow(self, band: Band, count: int) -> None:
+        """Grow a band into the gap; in an elastic arena to the end of the last chunk, if it may."""
+        if self._log is None:
+            band.grow(count)
+            return
+        most = (self.gap_bytes - self._reserve) // band.unit
+        rest = self._rest_of_chunk(band, band.capacity + count)
+        band.grow(max(min(count + rest, most), count))
+        self._log.grown(self.extents, len(self._relocations), self._reserve)
+
     # -- making room ---------------------------------------------------------------------------
 
     def _make_room(self, pages: int, blocks: int) -> None:
@@ -231,7 +366,12 @@ class Arena:
                 f"{self.used(Kind.KV)} pages and {self.used(Kind.SSM)} blocks are in use, room for "
                 f"{self.available(Kind.KV)} more pages or {self.available(Kind.SSM)} more blocks"
             )
-        self._evict_for(pages, blocks)
+        if self._over:
+            if not (pages or blocks):
+                return
+            self._come_back(pages, blocks)
+        else:
+            self._evict_for(pages, blocks)
         wanted = (pages, blocks)
         for kind in Kind:
             self._grow_from_gap(kind, wanted[kind] - self._bands[kind].free)
@@ -243,16 +383,17 @@ class Arena:
     def _grow_from_gap(self, kind: Kind, missing: int) -> None:
         """Grow a band into the gap by what is missing, or by as much as the gap has.
 
-        While the gap is wide the band grows a chunk at a time, which spares later calls.
+        While the gap is wide the band grows a chunk at a time, which spares later calls; in an
+        elastic arena, where that would have to be backed, to the end of a physical chunk.
         """
         if missing <= 0:
             return
-        band, gap = self._bands[kind], self.gap_bytes
+        band, gap = self._bands[kind], self.gap_bytes - self._reserve
         count = min(missing, gap // band.unit)
-        if gap - band.chunk_pages * band.unit > self._batch_bytes:
+        if self._log is None and gap - band.chunk_pages * band.unit > self._batch_bytes:
             count = max(count, band.chunk_pages)
         if count:
-            band.grow(count)
+            self._grow(band, count)
 
     def _migrate(self, kind: Kind, missing: int, reserve: int) -> None:
         """Move capacity from the other band to this one.
@@ -264,18 +405,18 @@ class Arena:
         """
         band, donor = self._bands[kind], self._bands[kind.other]
         spare = donor.free - reserve
-        needed = ceil_div(missing * band.unit - self.gap_bytes, donor.unit)
-        batch = ceil_div(self._batch_bytes - self.gap_bytes, donor.unit)
+        gap = self.gap_bytes - self._reserve
+        needed = ceil_div(missing * band.unit - gap, donor.unit)
+        batch = ceil_div(self._batch_bytes - gap, donor.unit)
         given = min(max(needed, batch), spare)
-        relocations = donor.shrink(given)
-        self._relocations += relocations
-        count = min(max(missing, self._batch_bytes // band.unit), self.gap_bytes // band.unit)
-        band.grow(count)
+        self._shrink(donor, given)
+        gap = self.gap_bytes - self._reserve
+        # What moves beyond what is missing waits in the gap where it would have to be backed.
+        least = missing if self._log is not None else max(missing, self._batch_bytes // band.unit)
+        self._grow(band, min(least, gap // band.unit))
         statistics = self.statistics
         statistics.migrations[kind] += 1
         statistics.migrated_bytes[kind] += given * donor.unit
-        statistics.relocations[donor.kind] += len(relocations)
-        statistics.relocated_bytes[donor.kind] += len(relocations) * donor.unit
 
     def _evict_for(self, pages: int, blocks: int) -> None:
         """Give cached pages of either pool up until growth and migration alone can serve a request
@@ -286,7 +427,10 @@ class Arena:
             band.capacity - band.free + count
             for band, count in zip(self._bands, (pages, blocks), strict=True)
         ]
-        while not geometry.fits(*wanted):
+        reserve = self._reserve
+        while not geometry.fits(wanted[Kind.KV], wanted[Kind.SSM], reserve):
+            if not any(self._cached):  # only over a reserve that referenced pages do not leave
+                return
             if self.choose is not None and (chosen := self.choose()):
                 for kind in Kind:
                     evicted = [handle for handle in chosen if kind_of(handle) is kind]
@@ -296,7 +440,7 @@ class Arena:
                 continue
             (kv, kv_since), (ssm, ssm_since) = map(self._oldest, Kind)
             if kv_since < ssm_since:
-                excess = wanted[Kind.KV] - geometry.pages_beside(wanted[Kind.SSM])
+                excess = wanted[Kind.KV] - geometry.pages_beside(wanted[Kind.SSM], reserve)
                 kind = Kind.KV
                 evicted = [h for h, since in islice(kv.items(), excess) if since < ssm_since]
             else:
@@ -346,50 +490,5 @@ class Arena:
         Raises:
             InvariantViolation: Naming everything that does not add up.
         """
-        geometry, (kv, ssm) = self.geometry, self._bands
-        found = kv.problems() + ssm.problems()
-        if self.gap_bytes < 0:
-            found.append(f"the bands cross by {-self.gap_bytes} bytes")
-        null_end = geometry.null_blocks * geometry.block_bytes
-        if null_end < geometry.null_bytes:
-            found.append("the SSM band begins inside the null bytes")
-        total = null_end + self.gap_bytes + geometry.rounding_bytes
-        for kind in Kind:
-            band = self._bands[kind]
-            if self.used(kind) < 0:
-                found.append(f"{kind.label}: more free and cached pages than the band holds")
-            parts = self.used(kind) + self.cached(kind) + band.free
-            total += parts * band.unit
-            free = set(band.free_handles())
-            for handle in self._cached[kind]:
-                if handle in free:
-                    found.append(f"{kind.label}: cached handle {handle} is also free")
-                if not 1 <= band.position(handle) <= band.capacity:
-                    found.append(f"{kind.label}: cached handle {handle} is outside the band")
-        if total != geometry.arena_bytes:
-            found.append(f"bytes do not add up: {total} counted, {geometry.arena_bytes} exist")
-        if referenced is not None:
-            found += self._check_referenced(list(referenced))
-        if found:
+        if found := problems(self, referenced):
             raise InvariantViolation("; ".join(found[:20]))
-
-    def _check_referenced(self, handles: list[int]) -> list[str]:
-        found: list[str] = []
-        for kind in Kind:
-            band, cached = self._bands[kind], self._cached[kind]
-            mine = [h for h in handles if kind_of(h) is kind]
-            distinct = set(mine)
-            if len(distinct) != self.used(kind):
-                found.append(
-                    f"{kind.label}: {self.used(kind)} pages counted as used, "
-                    f"{len(distinct)} referenced"
-                )
-            free = set(band.free_handles())
-            for handle in distinct:
-                if not 1 <= (handle & ID_MASK) <= band.known:
-                    found.append(f"{kind.label}: handle {handle} was never given out")
-                elif handle in free or handle in cached:
-                    found.append(f"{kind.label}: referenced handle {handle} is free or cached")
-                elif band.position(handle) > band.capacity:
-                    found.append(f"{kind.label}: referenced handle {handle} is outside the band")
-        return found

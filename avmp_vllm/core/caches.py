@@ -12,7 +12,16 @@ from math import lcm
 
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, Geometry, PageGroup, ceil_div
-from avmp_vllm.core.tables import Layout, Role, Table, by_need, even_parts, place, round_up
+from avmp_vllm.core.tables import (
+    LAYOUT_ALIGNMENT,
+    Layout,
+    Role,
+    Table,
+    by_need,
+    even_parts,
+    place,
+    round_up,
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ class Layers:
             arena_bytes: Bytes of the arena.
             page_tokens: Tokens of a page.
             load: Bounds the pages of windows.
-            alignment: What the bytes of a page must be a multiple of.
+            alignment: What the bytes of a page must be a multiple of besides.
 
         Raises:
             ArenaTooSmall: Not even one page of each kind.
@@ -179,4 +188,5 @@ class Layers:
 
 def widest_page(tables: Sequence[Table], alignment: int) -> int:
     """Bytes of a KV page that holds the layers of any of the tables."""
-    return round_up(max(place(table.layouts)[1] for table in tables), alignment)
+    widest = max(place(table.layouts)[1] for table in tables)
+    return round_up(widest, lcm(LAYOUT_ALIGNMENT, alignment))

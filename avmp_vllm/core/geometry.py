@@ -158,6 +158,11 @@ class Geometry:
         return self.pages * self.page_bytes // self.block_bytes - self.null_blocks
 
     @property
+    def high_end(self) -> int:
+        """Byte at which the highest KV page ends."""
+        return self.pages * self.page_bytes
+
+    @property
     def rounding_bytes(self) -> int:
         """Bytes above the last whole KV page, used by nobody."""
         return self.arena_bytes - self.pages * self.page_bytes
@@ -170,20 +175,28 @@ class Geometry:
         """Pages that a pool holds if the other is empty."""
         return self.block_limit if kind is Kind.SSM else self.page_limit
 
-    def fits(self, pages: int, blocks: int) -> bool:
-        """Whether so many KV pages and SSM blocks can exist together. No other rule binds."""
+    def fits(self, pages: int, blocks: int, reserve: int = 0) -> bool:
+        """Whether so many KV pages and SSM blocks can exist together. No other rule binds.
+
+        Args:
+            pages: KV pages.
+            blocks: SSM blocks.
+            reserve: Least bytes of the gap between them.
+        """
         return (self.pages - pages) * self.page_bytes >= (
             self.null_blocks + blocks
-        ) * self.block_bytes
+        ) * self.block_bytes + reserve
 
-    def pages_beside(self, blocks: int) -> int:
-        """KV pages that exist beside so many SSM blocks."""
-        floor = (self.null_blocks + blocks) * self.block_bytes
+    def pages_beside(self, blocks: int, reserve: int = 0) -> int:
+        """KV pages that exist beside so many SSM blocks and a gap."""
+        floor = (self.null_blocks + blocks) * self.block_bytes + reserve
         return self.pages - ceil_div(floor, self.page_bytes)
 
-    def blocks_beside(self, pages: int) -> int:
-        """SSM blocks that exist beside so many KV pages."""
-        return (self.pages - pages) * self.page_bytes // self.block_bytes - self.null_blocks
+    def blocks_beside(self, pages: int, reserve: int = 0) -> int:
+        """SSM blocks that exist beside so many KV pages and a gap."""
+        return (
+            (self.pages - pages) * self.page_bytes - reserve
+        ) // self.block_bytes - self.null_blocks
 
     def pages_for(self, tokens: int) -> int:
         """KV pages of a request of so many tokens, over all groups."""

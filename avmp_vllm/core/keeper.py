@@ -10,7 +10,7 @@ much as one that did.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -22,6 +22,8 @@ from avmp_vllm.core.reuse import EDGES, Class, ReuseRates, bin_of
 BEFORE_TAIL = 512
 #: Default of ``cut_tokens``.
 CUT_TOKENS = 400
+#: Tokens that could be computed in the time that the copies of a state take.
+COPY_TOKENS = 4
 #: Default of ``answer_tokens``: a running answer's state moves on every so many tokens.
 ANSWER_TOKENS = 64
 #: A state is made if it is worth this share of the price of memory.
@@ -32,7 +34,7 @@ PRICE_STEP = 0.05
 PRICE_HALF_LIFE = 1_000
 #: Requests by which each request lengthens the expected lifetime, which what is given up shortens;
 #: and in how many lifetimes a state must have paid for its cut.
-LONGER, LIFETIMES = 4.0, 2
+LONGER, LIFETIMES = 4.0, 4
 #: Uses that make a state a common prefix.
 COMMON = 4
 #: States that are remembered after they are gone, for each that is kept, and the least.
@@ -51,14 +53,19 @@ class Origin(Enum):
     ANSWER = "answer"
 
 
-def class_of(origin: Origin, turns: int, hits: int = 0, superseded: bool = False) -> Class:
+def class_of(
+    origin: Origin, turns: int, position: int = 0, hits: int = 0, superseded: bool = False
+) -> Class:
     """The class of a state.
 
-    One that many prompts have begun at is a common prefix, whatever else came after it.
+    One that many prompts have begun at is a common prefix, whatever else came after it. Long
+    prefixes are told from short ones by octaves: conversations that near a limit of their context
+    go on more seldom.
     """
     common = hits >= COMMON
     return Class(
-        (origin.value, superseded and not common), (min(turns, 3), min(hits.bit_length(), 4))
+        (origin.value, superseded and not common),
+        (min(turns, 3), position.bit_length(), min(hits.bit_length(), 4)),
     )
 
 
@@ -112,6 +119,7 @@ class Record:
         turns: States that came before it in its conversation.
         hits: Prompts that have used it.
         superseded: Whether its conversation has a newer one.
+        position: Tokens of its prefix, 0 if they are not known.
         cls: Its class.
         since: Request at which it was made or used last.
         age_bin: Bin of its age.
@@ -125,6 +133,7 @@ class Record:
     key: Hashable
     origin: Origin
     turns: int
+    position: int
     since: int
     cls: Class
     hits: int = 0
@@ -140,6 +149,11 @@ class Record:
     def next_turns(self) -> int:
         """Turns of the states that a prompt makes which begins here."""
         return self.turns + (self.origin is not Origin.JUNCTION)
+
+    @property
+    def own_class(self) -> Class:
+        """The class that follows from the above."""
+        return class_of(self.origin, self.turns, self.position, self.hits, self.superseded)
 
 
 class StateKeeper:
@@ -239,7 +253,7 @@ class StateKeeper:
 
     def _begin(self, record: Record, since: int, cls: Class | None = None) -> None:
         """Let a record's age count from a request, in the class that it has now."""
-        record.cls = cls or class_of(record.origin, record.turns, record.hits, record.superseded)
+        record.cls = cls or record.own_class
         record.since = since
         record.age_bin = bin_of(self.rates.now - since)
         record.epoch += 1
@@ -261,15 +275,17 @@ class StateKeeper:
 
     # -- making ------------------------------------------------------------------------------------
 
-    def stops(self, prompt: int, hit: int, junction: int, turns: int, inside: int = 0) -> Stops:
-        """Which states a prompt is worth being cut for.
+    def stops(
+        self, prompt: int, hit: int, junction: int, turns: int, uncut: Container[int] = ()
+    ) -> Stops:
+        """Which states in the middle of a prompt are worth being made.
 
         Args:
             prompt: Its tokens.
             hit: Tokens that it need not compute.
             junction: Where it leaves pages that are known, beyond the hit; 0 if it does not.
             turns: States that came before its own in its conversation.
-            inside: Position of a state that can be saved without a cut; 0 if there is none.
+            uncut: Positions of states that can be saved without a cut.
         """
         page = self._page_tokens
         tail = (prompt - 1) // page * page
@@ -283,14 +299,14 @@ class StateKeeper:
         for position, origin in sorted(candidates.items()):
             if not last < position < prompt:
                 continue
-            if self.pays(origin, turns, position - last, cuts=position != inside):
+            if self.pays(origin, turns, position - last, position not in uncut, position):
                 stops.made[position] = origin
                 last = position
             else:
                 stops.refused[position] = origin
         return stops
 
-    def pays(self, origin: Origin, turns: int, spared: int, cuts: bool) -> bool:
+    def pays(self, origin: Origin, turns: int, spared: int, cuts: bool, position: int = 0) -> bool:
         """Whether a state is worth being made.
 
         Args:
@@ -298,20 +314,21 @@ class StateKeeper:
             turns: States that came before it in its conversation.
             spared: Tokens it would spare.
             cuts: Whether making it costs its request a step.
+            position: Tokens of its prefix, 0 if they are not known.
         """
-        cls = class_of(origin, turns)
+        cls = class_of(origin, turns, position)
         nbytes = self._state_bytes + spared // self._page_tokens * self._page_bytes
         if self.rates.index(cls, 0) * spared / nbytes < FAIR_SHARE * self.price:
             return False
-        if not cuts:
-            return True
         horizon = int(LIFETIMES * self.lifetime) if self.price else EDGES[-1]
-        return self.rates.chance(cls, horizon) * spared >= self._cut_tokens
+        cost = self._cut_tokens if cuts else COPY_TOKENS
+        return self.rates.chance(cls, horizon) * spared >= cost
 
-    def record(self, key: Hashable, origin: Origin, turns: int) -> Record:
+    def record(self, key: Hashable, origin: Origin, turns: int, position: int = 0) -> Record:
         """A new state's record; it is remembered as one that was refused until `keep`."""
         self.counts[origin].refused += 1
-        record = Record(key, origin, turns, self.rates.now, class_of(origin, turns))
+        cls = class_of(origin, turns, position)
+        record = Record(key, origin, turns, position, self.rates.now, cls)
         self._remember(record)
         self._expect_aging(record)
         return record
@@ -319,6 +336,8 @@ class StateKeeper:
     def keep(self, record: Record, node: Node) -> None:
         """A record's state has been made."""
         self._gone.pop(record.key, None)
+        record.position = node.position
+        record.cls = record.own_class
         record.node = node
         node.note = record
         self.kept += 1

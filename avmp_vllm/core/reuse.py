@@ -1,19 +1,20 @@
 """How soon a kept state is used again, learned from what has been used.
 
-States are sorted into classes (what kind of state, used how often, superseded or not), and classes
-into families, from which a class borrows what it has not seen itself. A class has a hazard of reuse
-for each bin of age; age is counted in requests, so that equal traffic gives equal decisions
-whatever a clock says. From the hazards follows the index of a state of some age: the best ratio of
-expected reuses to expected waiting that can be had by keeping it from now on and giving it up at
-the right moment (Gittins). It falls with age where reuse does, and rises where a state that was
-idle for so long tends to come back.
+States are sorted into classes (what kind of state, used how often, superseded or not, how long a
+prefix), and classes into families, from which a class borrows what it has not seen itself: the
+shape of its hazard by age, brought to the level that it has seen at all ages together. A class has
+a hazard of reuse for each bin of age; age is counted in requests, so that equal traffic gives equal
+decisions whatever a clock says. From the hazards follows the index of a state of some age: the best
+ratio of expected reuses to expected waiting that can be had by keeping it from now on and giving it
+up at the right moment (Gittins). It falls with age where reuse does, and rises where a state that
+was idle for so long tends to come back.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 from bisect import bisect_right
-from collections.abc import Iterator
 from typing import NamedTuple
 
 #: Ages at which bins begin, two an octave.
@@ -24,8 +25,11 @@ _WIDTHS = tuple(
 )
 #: Before anything is known: the chance that a new state is used by the next request.
 _FIRST_GUESS = 0.01
-#: What a class borrows from all classes together, in reuses.
-_BORROWED = 2.0
+#: The same for a state that was not used for so long.
+_FIRST_GUESSES = [_FIRST_GUESS / (1 + edge / 8) for edge in EDGES]
+#: For how many reuses the first guess counts, what a family borrows from all states, and what a
+#: class borrows from its family.
+_STRENGTHS = (1.0, 2.0, 6.0)
 #: Requests after which what was learned counts half.
 HALF_LIFE = 4_000
 #: Indices are computed again after an eighth of the requests so far, but not oftener nor later.
@@ -46,7 +50,7 @@ class Class(NamedTuple):
     """
 
     family: tuple[str, bool]
-    detail: tuple[int, int]
+    detail: tuple[int, ...]
 
 
 class _Counts:
@@ -81,19 +85,25 @@ class _Prospects(NamedTuple):
 class ReuseRates:
     """Hazards of reuse by class and age.
 
+    Args:
+        now: Requests that came before anything was learned.
+
     Attributes:
         now: Requests so far.
         epoch: Indices are as they were when it began.
     """
 
-    def __init__(self) -> None:
-        self.now = 0
+    def __init__(self, now: int = 0) -> None:
+        self.now = self._began = now
         self.epoch = 0
         self._next_epoch = 0
         self._all = _Counts()
         self._families: dict[tuple[str, bool], _Counts] = {}
         self._classes: dict[Class, _Counts] = {}
         self._prospects: dict[Class, _Prospects] = {}
+        #: Hazards of families, and under None of all states, as of the epoch below.
+        self._borrowed: dict[tuple[str, bool] | None, list[float]] = {}
+        self._borrowed_in = -1
         # Old counts are not scaled down; new ones are scaled up.
         self._weight = 1.0
         self._growth = 2.0 ** (1 / HALF_LIFE)
@@ -103,7 +113,8 @@ class ReuseRates:
         self.now += 1
         if self.now >= self._next_epoch:
             self.epoch += 1
-            self._next_epoch = self.now + min(max(self.now // 8, _SOONEST), _LATEST)
+            seen = self.now - self._began
+            self._next_epoch = self.now + min(max(seen // 8, _SOONEST), _LATEST)
         self._weight *= self._growth
         if self._weight > 1e12:
             for counts in (self._all, *self._families.values(), *self._classes.values()):
@@ -141,23 +152,37 @@ class ReuseRates:
     def _fresh(self, cls: Class) -> _Prospects:
         prospects = self._prospects.get(cls)
         if prospects is None or prospects.epoch != self.epoch:
-            hazards = list(self._hazards(cls))
+            hazards = self._hazards(cls)
             prospects = _Prospects(self.epoch, _indices(hazards), _unused(hazards))
             self._prospects[cls] = prospects
         return prospects
 
-    def _hazards(self, cls: Class) -> Iterator[float]:
-        """Of each bin; what a class has not seen is as in its family, or else in general."""
-        weight, borrowed = self._weight, _BORROWED * self._weight
-        for age_bin, edge in enumerate(EDGES):
-            hazard = _FIRST_GUESS / (1 + edge / 8)
-            strength = weight
-            for counts in self._counts(cls):
-                hazard = (counts.reuses[age_bin] + strength) / (
-                    counts.waited[age_bin] + strength / hazard
-                )
-                strength = borrowed
-            yield hazard
+    def _hazards(self, cls: Class) -> list[float]:
+        """Of each bin; what a class has not seen is as in its family, or else in general.
+
+        A bin in which nothing was seen says nothing, but the others tell whether there are more
+        reuses than was thought, or fewer.
+        """
+        every, family, own = self._counts(cls)
+        # What classes borrow is reckoned once an epoch.
+        if self._borrowed_in != self.epoch:
+            self._borrowed = {None: self._posterior(_FIRST_GUESSES, every, _STRENGTHS[0])}
+            self._borrowed_in = self.epoch
+        borrowed = self._borrowed.get(cls.family)
+        if borrowed is None:
+            borrowed = self._posterior(self._borrowed[None], family, _STRENGTHS[1])
+            self._borrowed[cls.family] = borrowed
+        return self._posterior(borrowed, own, _STRENGTHS[2])
+
+    def _posterior(self, hazards: list[float], counts: _Counts, strength: float) -> list[float]:
+        """What is thought of the hazards of each bin, once these counts have been seen."""
+        prior = strength * self._weight
+        expected = sum(map(operator.mul, counts.waited, hazards))
+        level = (sum(counts.reuses) + prior) / (expected + prior)
+        return [
+            (reuses + prior) / (waited + prior / (hazard * level))
+            for reuses, waited, hazard in zip(counts.reuses, counts.waited, hazards, strict=True)
+        ]
 
 
 def _indices(hazards: list[float]) -> list[float]:

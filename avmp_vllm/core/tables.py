@@ -19,7 +19,7 @@ from typing import NamedTuple, TypeVar
 
 from avmp_vllm.core.geometry import PageGroup, ceil_div
 
-#: A layout starts on this boundary inside of its page (bytes); covers every dtype.
+#: Pages, and layouts inside of them, start on this boundary (bytes), which covers every dtype.
 LAYOUT_ALIGNMENT = 16
 #: Tokens of the request whose padding is made least.
 TYPICAL_TOKENS = 4096

@@ -26,9 +26,10 @@ class Answer:
         text: The answer.
         finish_reason: ``length`` or ``stop``; None if the stream broke off.
         prompt_tokens, completion_tokens: As the server counted them.
-        ttft_s: Seconds from sending to the first piece of text; None if none came.
-        gaps_s: Seconds between the pieces of text after it.
+        ttft_s: Seconds from sending to the first piece; None if none came.
+        gaps_s: Seconds between the pieces after it.
         error: What went wrong, or None.
+        token_ids: The answer in tokens, where the request asked for them.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Answer:
     ttft_s: float | None = None
     gaps_s: list[float] = field(default_factory=list)
     error: str | None = None
+    token_ids: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -65,14 +67,19 @@ async def replay(
         on_answer: Called with every answer as it is complete.
     """
     answers: list[Answer] = []
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_SILENCE_S)
-    # A connection a request: a kept one may be closed by the server just as it is used again.
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     begin = time.perf_counter()
-    async with aiohttp.ClientSession(url, timeout=timeout, connector=connector) as session:
+    async with open_session(url) as session:
         for number, phase in enumerate(phases):
             answers += await _run_phase(session, model, number, phase, on_answer)
     return Replay(answers, time.perf_counter() - begin)
+
+
+def open_session(url: str) -> aiohttp.ClientSession:
+    """A client of one server; must be called where an event loop runs."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=_SILENCE_S)
+    # A connection a request: a kept one may be closed by the server just as it is used again.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    return aiohttp.ClientSession(url, timeout=timeout, connector=connector)
 
 
 async def _run_phase(
@@ -102,19 +109,32 @@ async def _run_phase(
 async def _ask(
     session: aiohttp.ClientSession, model: str, request: Request, answer: Answer
 ) -> None:
-    """Send one request and fill in its answer. What the network does wrong goes into ``error``."""
+    """Send a chat and fill in its answer."""
+    body = {"messages": list(request.messages), "max_tokens": request.max_tokens}
+    await send(session, "/v1/chat/completions", {"model": model, **body}, answer)
+
+
+async def send(
+    session: aiohttp.ClientSession, path: str, body: dict[str, Any], answer: Answer
+) -> None:
+    """Send one request and fill in its answer. What the network does wrong goes into ``error``.
+
+    Args:
+        session: Of the server.
+        path: Of the API: chats, or completions.
+        body: Model, prompt and length; the answer is greedy, of full length, and streamed.
+        answer: Filled in.
+    """
     body = {
-        "model": model,
-        "messages": list(request.messages),
+        **body,
         "temperature": 0,
-        "max_tokens": request.max_tokens,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
     }
     last = time.perf_counter()
     try:
-        async with session.post("/v1/chat/completions", json=body) as response:
+        async with session.post(path, json=body) as response:
             if response.status != 200:
                 answer.error = f"HTTP {response.status}: {(await response.text())[:300]}"
                 return
@@ -146,16 +166,18 @@ def _event(line: bytes) -> dict[str, Any] | None:
 
 
 def _take(event: dict[str, Any], answer: Answer) -> bool:
-    """Add an event to the answer; return whether it brought text."""
+    """Add an event to the answer; return whether it brought text or tokens."""
     if event.get("usage"):
         answer.prompt_tokens = event["usage"]["prompt_tokens"]
         answer.completion_tokens = event["usage"]["completion_tokens"]
     brought = False
     for choice in event["choices"]:
-        text = choice["delta"].get("content") or ""
+        text = (choice["delta"].get("content") if "delta" in choice else choice["text"]) or ""
+        tokens = choice.get("token_ids") or []
         answer.text += text
+        answer.token_ids += tokens
         answer.finish_reason = choice.get("finish_reason") or answer.finish_reason
-        brought = brought or bool(text)
+        brought = brought or bool(text or tokens)
     return brought
 
 

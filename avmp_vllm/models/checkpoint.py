@@ -8,9 +8,11 @@ best token leads the second best by far more than fp32 rounding.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
@@ -62,6 +64,38 @@ def write_checkpoint(path: str | Path, config: PretrainedConfig, *, seed: int = 
     return path
 
 
+def write_weights(
+    path: str | Path, config: PretrainedConfig, shapes: Mapping[str, tuple[int, ...]], *, seed: int
+) -> Path:
+    """Write a checkpoint of a model that transformers does not build, tensor by tensor.
+
+    Args:
+        path: The folder.
+        config: Whatever its class, it is written as it is.
+        shapes: Of each tensor by its name in the checkpoint. Those of one dimension are ones,
+            but for biases of time steps and ``A_log``.
+        seed: Of the weights, which are stored in ``config.dtype``.
+    """
+    model = nn.Module()
+    for name, shape in shapes.items():
+        *parents, leaf = name.split(".")
+        module = model
+        for parent in parents:
+            if parent not in dict(module.named_children()):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        first = torch.arange(1.0, shape[0] + 1).log() if leaf == "A_log" else torch.ones(shape)
+        module.register_parameter(leaf, nn.Parameter(first))
+    tokenizer = build_tokenizer()
+    with torch.no_grad():
+        draw_weights(model, torch.Generator().manual_seed(seed), readable_ids(tokenizer))
+    config.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    tensors = {name: tensor.to(config.dtype) for name, tensor in model.state_dict().items()}
+    save_file(tensors, Path(path) / "model.safetensors", metadata={"format": "pt"})
+    return Path(path)
+
+
 def draw_weights(model: nn.Module, generator: torch.Generator, spoken: list[int]) -> None:
     """Redraw the weights in place.
 
@@ -73,12 +107,17 @@ def draw_weights(model: nn.Module, generator: torch.Generator, spoken: list[int]
     Matrices are normal with a variance of 1 / fan-in, so that every layer adds as much to the
     residual stream as the embedding brought. Rows of the head outside ``spoken`` are zero: those
     tokens are never the best. Norms, ``A_log`` and ``D`` keep the values of their class.
+
+    Where the embeddings are the head too, they are drawn as a head is. At a variance of 1 a model
+    would repeat the last token that it read, whatever came before.
     """
+    tied = not any(name.endswith(_HEADS) for name, _ in model.named_parameters())
     for name, parameter in sorted(model.named_parameters()):
         if name.endswith(_TIME_STEP_BIASES):
             _draw_time_steps(parameter, generator)
         elif name.endswith(_EMBEDDINGS):
-            parameter.normal_(generator=generator)
+            std = 2.0 / math.sqrt(parameter.shape[-1]) if tied else 1.0
+            parameter.normal_(std=std, generator=generator)
         elif parameter.dim() > 1 and not name.endswith("A_log"):
             gain = 2.0 if name.endswith(_QUERIES_AND_KEYS + _HEADS) else 1.0
             parameter.normal_(std=gain / math.sqrt(parameter.shape[-1]), generator=generator)

@@ -45,6 +45,7 @@ class ModelShape:
         state_dtype: Of the recurrent state.
         max_model_len: Positions that the configuration allows.
         parameters: Of the whole model, if the file tells.
+        active_parameters: Of them, those that one token passes, if the file tells.
         source: Of the figures, if the file tells.
         assumed: Values that the file's author assumed.
     """
@@ -56,6 +57,7 @@ class ModelShape:
     state_dtype: str
     max_model_len: int
     parameters: float | None = None
+    active_parameters: float | None = None
     source: str = ""
     assumed: tuple[str, ...] = ()
 
@@ -197,6 +199,7 @@ def shape_of(config: Mapping[str, Any], name: str = "config") -> ModelShape:
         state_dtype=read.state_dtype or dtype,
         max_model_len=keys.size("max_position_embeddings", "model_max_length", default=131072),
         parameters=notes.get("parameters"),
+        active_parameters=notes.get("active_parameters"),
         source=notes.get("source", ""),
         assumed=tuple(notes.get("assumed", ())),
     )

@@ -1,7 +1,8 @@
-"""Tiny random checkpoints of other families, for tests: Mamba-2 hybrids, and one of each extreme.
+"""Tiny random checkpoints of other families, for tests: hybrids, and one of each extreme.
 
-Every function writes a folder, takes ``seed`` and fields of its config class as ``overrides``, and
-returns the folder. Attention heads have 32 channels, the fewest that vLLM's CPU attention takes.
+Hybrids whose attention is latent are in ``tiny_latent.py``. Every function writes a folder, takes
+``seed`` and fields of its config class as ``overrides``, and returns the folder. Attention heads
+have 32 channels, the fewest that vLLM's CPU attention takes.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from typing import Any
 from transformers import (
     FalconH1Config,
     GraniteMoeHybridConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     NemotronHConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Zamba2Config,
 )
 
 from avmp_vllm.models.checkpoint import special_token_ids, write_checkpoint
@@ -38,6 +43,18 @@ _MAMBA2: dict[str, Any] = {
     "mamba_n_groups": 1,
     "mamba_d_state": 16,
     "mamba_chunk_size": 64,
+}
+
+# A gated delta net with two value heads for each key head: 16 KiB a layer in fp32.
+_DELTA_NET: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "head_dim": 32,
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
 }
 
 
@@ -81,6 +98,69 @@ def write_tiny_falcon_h1(path: str | Path, *, seed: int = 0, **overrides: Any) -
     fields = {"num_hidden_layers": 4, "mamba_d_ssm": 256}
     config = FalconH1Config(
         **{**_COMMON, **_ATTENTION, **_MAMBA2, **fields, **special_token_ids(), **overrides}
+    )
+    return write_checkpoint(path, config, seed=seed)
+
+
+def write_tiny_zamba2(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Zamba2: Mamba-2 in all of 5 layers, and in two of them one attention block, shared."""
+    fields = {
+        "num_hidden_layers": 5,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+        "n_mamba_heads": _MAMBA2["mamba_n_heads"],
+        "mamba_headdim": _MAMBA2["mamba_d_head"],
+        "mamba_ngroups": _MAMBA2["mamba_n_groups"],
+        "mamba_d_state": _MAMBA2["mamba_d_state"],
+        "chunk_size": _MAMBA2["mamba_chunk_size"],
+        "num_key_value_heads": 4,
+        "attention_head_dim": 64,  # it reads the layer's input and the embedding side by side
+        "num_mem_blocks": 1,
+        "adapter_rank": 8,
+        "tie_word_embeddings": True,  # vLLM knows no other
+        "use_mem_rope": True,
+    }
+    config = Zamba2Config(**{**_COMMON, **_ATTENTION, **fields, **special_token_ids(), **overrides})
+    return write_checkpoint(path, config, seed=seed)
+
+
+def write_tiny_lfm2(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """LFM2: short convolutions except layers 1 and 4 of 5; a state is smaller than a page."""
+    width = _COMMON["hidden_size"]
+    fields = {
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention"],
+        "conv_L_cache": 3,
+        "tie_word_embeddings": True,  # vLLM knows no other
+        "block_auto_adjust_ff_dim": False,
+        # Not of the class, but in every checkpoint, and vLLM reads them.
+        "conv_dim": width,
+        "block_dim": width,
+        "block_ff_dim": _ATTENTION["intermediate_size"],
+        "block_multiple_of": 1,
+        "block_ffn_dim_multiplier": 1.0,
+    }
+    config = Lfm2Config(**{**_COMMON, **_ATTENTION, **fields, **special_token_ids(), **overrides})
+    return write_checkpoint(path, config, seed=seed)
+
+
+def write_tiny_qwen3_next(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Qwen3-Next: gated delta nets and attention in turn, experts."""
+    fields = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    }
+    config = Qwen3NextConfig(
+        **{**_COMMON, **_ATTENTION, **_DELTA_NET, **fields, **special_token_ids(), **overrides}
+    )
+    return write_checkpoint(path, config, seed=seed)
+
+
+def write_tiny_qwen3_5(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Qwen3.5 without vision: gated delta nets and attention in turn, dense."""
+    config = Qwen3_5TextConfig(
+        **{**_COMMON, **_ATTENTION, **_DELTA_NET, **special_token_ids(), **overrides}
     )
     return write_checkpoint(path, config, seed=seed)
 

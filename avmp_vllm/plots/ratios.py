@@ -122,7 +122,7 @@ def draw_serve(result: Mapping[str, Any]) -> dict[str, Figure]:
             if row.key in scenario["ratios"]
         ]
     rounds = result["parameters"]["rounds"]
-    title = f"AVMP / stock over HTTP, same cache bytes; 95% intervals, {rounds} pairs"
+    title = f"AVMP / stock's best over HTTP, same cache bytes; 95% intervals, {rounds} rounds"
     return {"serve": panels(groups, title)}
 
 

@@ -15,10 +15,13 @@ import pytest
 
 from avmp_vllm import cli
 from avmp_vllm.bench.prefix import trace as traces
+from avmp_vllm.bench.prefix.avmp import Avmp, AvmpInside
 from avmp_vllm.bench.prefix.cache import Served, Sizes
 from avmp_vllm.bench.prefix.command import run_cache
+from avmp_vllm.bench.prefix.drift import joined, part_of
 from avmp_vllm.bench.prefix.lru import Lru, page_key
 from avmp_vllm.bench.prefix.offline import bound, options_of, schedule
+from avmp_vllm.bench.prefix.overlap import StepTimes, overlapped
 from avmp_vllm.bench.prefix.radix_rules import Marconi, MarconiLru, Sglang, SglangStatic, _Weighted
 from avmp_vllm.bench.prefix.registry import CACHES
 from avmp_vllm.bench.prefix.trace import PAGE, Request, Timing, held, requests_of
@@ -373,6 +376,99 @@ def test_nothing_repeats_nothing_is_hit() -> None:
     assert (most, schedule(options, SIZES, AMPLE, prices)) == (0, 0)
 
 
+# -- traffic that changes, and requests at the same time -------------------------------------------
+
+
+def test_joined_traces_share_no_token_and_follow_one_another() -> None:
+    part = requests_of(drawn("agent", 40))
+    found, starts = joined([part, part])
+    assert (len(found), starts) == (2 * len(part), [0, len(part)])
+    assert all(a.time <= b.time for a, b in pairwise(found))
+    first, second = (
+        {k for r in half for k in r.keys} for half in (found[: len(part)], found[len(part) :])
+    )
+    assert not first & second
+    hits = [run_cache(Avmp(AMPLE, SIZES), rows)["hit"] for rows in (part, found[: len(part)])]
+    assert hits[0] == hits[1] > 0
+    assert [part_of(place, [0, 600]) for place in (0, 499, 500, 600, 1099, 1100)] == [
+        (0, False),
+        (0, False),
+        (0, True),
+        (1, False),
+        (1, False),
+        (1, True),
+    ]
+
+
+def test_a_cache_that_unlearns_keeps_its_states() -> None:
+    rows = requests_of(drawn("thinking", 300))
+    cache = Avmp(64 * SIZES.state, SIZES)
+    run_cache(cache, rows)
+    used, kept = cache.bytes_used(), sorted(cache._nodes)
+    learned = cache._keeper.rates
+    cache.unlearn()
+    assert (cache.bytes_used(), sorted(cache._nodes)) == (used, kept)
+    fresh = cache._keeper.rates
+    assert (fresh.now, fresh._families, cache._keeper.price) == (learned.now, {}, 0.0)
+    assert run_cache(cache, rows[-100:], verify=True)["hit"] > 0
+
+
+def test_a_learner_that_went_on_is_as_good_as_a_fresh_one_where_memory_is_ample() -> None:
+    """Thoughts are dropped, then answers are gone on from: what was useless has become useful."""
+    rows, starts = joined([requests_of(drawn(name, 900)) for name in ("thinking", "chat")])
+    on, anew = (
+        run_cache(Avmp(AMPLE, SIZES), rows, starts=starts, unlearn=unlearn)["parts"]
+        for unlearn in (None, starts[1])
+    )
+    assert on[0] == anew[0]
+    assert on[1][1] > 0.95 * anew[1][1] > 0
+
+
+def test_requests_at_the_same_time_hit_what_is_done() -> None:
+    turn = said(("a", 1500))
+    (one, again) = requests_of([turn, replace(turn, arrival=0.1)])
+    times = StepTimes(20.0, 8.0)
+    end = times.seconds(one, 0)
+    assert end == pytest.approx(0.03 + 32 * 0.008)
+    for start, hit in ((0.1, 0), (end - 0.001, 0), (end, 1488)):
+        cache = CACHES["stock-unit"].make(AMPLE, SIZES)
+        rows = [one, replace(again, time=start)]
+        assert dict(overlapped(cache, rows, times))[1].hit == hit
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_one_after_the_other_is_a_special_case_of_overlapping(name: str) -> None:
+    rows = [replace(r, time=1e3 * i) for i, r in enumerate(requests_of(drawn("chat", 120)))]
+    times, memory = StepTimes(20.0, 8.0), 64 * SIZES.state
+    found = run_cache(CACHES[name].make(memory, SIZES), rows, True, times=times)
+    assert found == run_cache(CACHES[name].make(memory, SIZES), rows)
+    # What runs all at once finds nothing.
+    at_once = [replace(row, time=0.0) for row in rows]
+    assert run_cache(CACHES[name].make(memory, SIZES), at_once, times=times)["hit"] == 0
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_what_runs_holds_memory(name: str) -> None:
+    cache = CACHES[name].make(64 * SIZES.state, SIZES)
+    new = replace(said(("new", 3000)), arrival=1e6)
+    *rows, last = requests_of([*drawn("chat", 120), new])
+    run_cache(cache, rows)
+    used = cache.bytes_used()
+    assert used > 20 * SIZES.state
+    cache.hold(10**9, 64)
+    cache.serve(last)
+    assert cache.bytes_used() < used / 2
+    cache.hold(0, 0)
+    assert run_cache(cache, rows, verify=True)["hit"] > 0
+
+
+def test_a_last_state_that_costs_no_cut_is_made_more_often() -> None:
+    rows = requests_of(drawn("thinking", 300))
+    plain, inside = (run_cache(make(AMPLE, SIZES), rows) for make in (Avmp, AvmpInside))
+    assert inside["cuts"] < plain["cuts"]
+    assert inside["hit"] > plain["hit"]
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -401,6 +497,20 @@ def test_the_command_writes_what_a_check_finds_again(
     assert cli.main(["bench", "prefix", "--check", str(output)]) == 1
 
 
+def test_the_command_reports_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "prefix.json"
+    words = ["bench", "prefix", "--model", str(MODELS / "jamba-reasoning-3b.json")]
+    words += ["--trace", "thinking", "--then", "chat", "--requests", "700", "--memory", "1GiB"]
+    assert cli.main([*words, "--caches", "stock,avmp", "--output", str(output)]) == 0
+    text = capsys.readouterr().out
+    counts = json.loads(output.read_text())["counts"]
+    start = counts["parts"]["starts"][1]
+    assert f"avmp, anew at {start}" in text
+    for row in counts["caches"].values():
+        assert sum(part[0] for part in row[0]["parts"]) == row[0]["hit"]
+    assert cli.main(["bench", "prefix", "--check", str(output)]) == 0
+
+
 def test_the_result_can_be_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     output = tmp_path / "prefix.json"
@@ -418,6 +528,7 @@ def test_the_result_can_be_drawn(tmp_path: Path) -> None:
         (["--pause", "0"], "--pause 0.0"),
         (["--trace", "none.json"], "none.json"),
         (["--cut-ms", "-1"], "--cut-ms -1.0"),
+        (["--then", "chat", "--overlap"], "--then and --overlap"),
     ],
 )
 def test_bad_input_is_named(

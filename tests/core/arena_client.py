@@ -38,6 +38,8 @@ class NaiveModel:
         #: Where the bytes begin that blocks may have, and where those end that pages may have.
         self.low = first_block * block_bytes
         self.high = arena_bytes // page_bytes * page_bytes
+        #: Bytes that must stay between the two ends.
+        self.reserve = 0
 
     def count(self, kind: Kind, handles: Iterable[int]) -> int:
         """How many handles are of a pool."""
@@ -47,11 +49,11 @@ class NaiveModel:
         """Whether so many pages can lie at the high end and so many blocks at the low end."""
         top_of_blocks = self.low + blocks * self.unit[Kind.SSM]
         bottom_of_pages = self.high - pages * self.unit[Kind.KV]
-        return top_of_blocks <= bottom_of_pages
+        return top_of_blocks + self.reserve <= bottom_of_pages
 
     def must_succeed(self, pages: int, blocks: int) -> bool:
-        """Whether the arena has to serve a request beside what is live."""
-        return self.room(
+        """Whether the arena has to serve a request beside what is live; nothing always fits."""
+        return not (pages or blocks) or self.room(
             self.count(Kind.KV, self.live) + pages, self.count(Kind.SSM, self.live) + blocks
         )
 
@@ -143,6 +145,7 @@ class Client:
         migration_batch: Of the arena.
         memory: The worker's memory; None for an arena too large to hold in bytes.
         deliver: What happens to a step's relocations on the way to the worker (negative controls).
+        chunk_bytes: Of the arena.
     """
 
     def __init__(
@@ -151,9 +154,15 @@ class Client:
         migration_batch: int,
         memory: ShadowMemory | None = None,
         deliver: Callable[[list[Relocation]], list[Relocation]] = list,
+        chunk_bytes: int | None = None,
     ) -> None:
         self.evicted: list[int] = []
-        self.arena = Arena(geometry, migration_batch=migration_batch, on_evict=self.evicted.extend)
+        self.arena = Arena(
+            geometry,
+            migration_batch=migration_batch,
+            on_evict=self.evicted.extend,
+            chunk_bytes=chunk_bytes,
+        )
         self.model = NaiveModel(geometry.arena_bytes, geometry.page_bytes, geometry.block_bytes)
         self.memory = memory
         self.deliver = deliver
@@ -180,12 +189,7 @@ class Client:
             return None
         assert expected, (pages, blocks, "granted although it does not fit")
         assert [kind_of(handle) for handle in handles] == [Kind.KV] * pages + [Kind.SSM] * blocks
-        gone, self.evicted[:] = list(self.evicted), []
-        assert gone == model.must_evict(pages, blocks)
-        for handle in gone:
-            del model.cached[handle]
-            self.tags.pop(handle, None)
-            self.unwritten.pop(handle, None)
+        self.expect_evicted(model.must_evict(pages, blocks) if pages or blocks else [])
         for handle in handles:
             assert handle & ID_MASK, "the null page was given out"
             assert handle not in model.live
@@ -197,6 +201,14 @@ class Client:
             if kind_of(handle) is Kind.KV:
                 self.zeros.append(handle)
         return handles
+
+    def expect_evicted(self, expected: list[int]) -> None:
+        """The last call must have evicted these, in this order."""
+        gone, self.evicted[:] = list(self.evicted), []
+        assert gone == expected
+        for handle in gone:
+            del self.model.cached[handle]
+        self._forget(gone)
 
     def share(self, handle: int) -> None:
         """Reference a live page once more."""
@@ -250,7 +262,7 @@ class Client:
         if self.zero_first:
             for place in places:
                 memory.zero(Kind.KV, place)
-        memory.relocate(self.deliver(moves))
+        self.carry_out(self.deliver(moves))
         if not self.zero_first:
             for place in places:
                 memory.zero(Kind.KV, place)
@@ -260,6 +272,11 @@ class Client:
         self.tags.update(self.unwritten)
         self.unwritten.clear()
         self.check_bytes()
+
+    def carry_out(self, moves: list[Relocation]) -> None:
+        """The worker applies a step's relocations."""
+        assert self.memory is not None
+        self.memory.relocate(moves)
 
     def check_bytes(self) -> None:
         """Every written page that is live or cached holds its bytes, by the worker's own table."""
@@ -277,6 +294,7 @@ class Client:
             [(arena.capacity(k), arena.free(k), arena.used(k)) for k in Kind],
             [arena.cached_handles(k) for k in Kind],
             arena.gap_bytes,
+            arena.over_bytes,
             list(self.evicted),
         )
 

@@ -21,6 +21,7 @@ from avmp_vllm.core import keeper as keeper_module
 from avmp_vllm.core.keeper import (
     BEFORE_TAIL,
     COMMON,
+    COPY_TOKENS,
     CUT_TOKENS,
     FAIR_SHARE,
     LEAST_REMEMBERED,
@@ -63,6 +64,7 @@ class Known:
     record: Record
     origin: Origin
     turns: int
+    position: int
     since: int
     cls: Class
     hits: int = 0
@@ -70,7 +72,8 @@ class Known:
 
     def begin(self, now: int) -> None:
         """Its age begins now."""
-        self.since, self.cls = now, class_of(self.origin, self.turns, self.hits, self.superseded)
+        cls = class_of(self.origin, self.turns, self.position, self.hits, self.superseded)
+        self.since, self.cls = now, cls
 
 
 @dataclass
@@ -176,12 +179,15 @@ class Client:
 
     # -- states ------------------------------------------------------------------------------------
 
-    def record(self, origin: Origin, turns: int, key: int | None = None) -> Known:
+    def record(
+        self, origin: Origin, turns: int, key: int | None = None, position: int = 0
+    ) -> Known:
         """A state is decided about; one that is gone may come back."""
         if key is None:
             key, self._keys = self._keys, self._keys + 1
-        record = self.keeper.record(key, origin, turns)
-        known = Known(record, origin, turns, self.now, class_of(origin, turns))
+        record = self.keeper.record(key, origin, turns, position)
+        cls = class_of(origin, turns, position)
+        known = Known(record, origin, turns, position, self.now, cls)
         self.counts[origin].refused += 1
         self._remember(known)
         return known
@@ -202,6 +208,9 @@ class Client:
         pages = (*parent, *own)
         node = self.keeper.tree.add(self.prefixes[parent].node, len(pages) * PAGE, own, len(own))
         self.keeper.keep(known.record, node)
+        # Where it stands is known now, if it was not before.
+        known.position = len(pages) * PAGE
+        known.begin(self.now)
         counts = self.counts[known.origin]
         counts.refused, counts.made, counts.kept = (
             counts.refused - 1,
@@ -297,7 +306,7 @@ class Client:
         prospects = rates._prospects.get(known.cls)
         if prospects is not None and prospects.epoch == rates.epoch:
             return prospects.indices[age_bin]
-        return _indices(list(rates._hazards(known.cls)))[age_bin]
+        return _indices(rates._hazards(known.cls))[age_bin]
 
     def worth(self, pages: Pages) -> float:
         """Index, times what a state spares, by what only it holds."""
@@ -325,6 +334,7 @@ class Client:
         for known in self.alive():
             record = known.record
             assert (record.since, record.cls) == (known.since, known.cls)
+            assert record.position == known.position
             assert record.age_bin == bin_of(self.now - known.since)
             assert (record.hits, record.superseded) == (known.hits, known.superseded)
         for key, known in self.gone.items():
@@ -400,7 +410,7 @@ class KeeperMachine(RuleBasedStateMachine):
         """Decide about a state: a new one, one that is gone, or one of a prefix with another."""
         keys = [None, *dict.fromkeys(self.client.keys())]
         key = keys[data.draw(st.integers(0, len(keys) - 1))]
-        return self.client.record(origin, turns, key)
+        return self.client.record(origin, turns, key, data.draw(st.sampled_from([0, 48, 800])))
 
     @rule(count=st.sampled_from([1, 1, 2, 3, 7, 16, 17, 65, 300, 2_000]))
     def tick(self, count: int) -> None:
@@ -481,7 +491,8 @@ def churn(client: Client, rng: random.Random, steps: int, check: bool = True) ->
             client.begin(rng.choice([(), *kept[-6:]]))
         elif what < 0.5 and used:
             key = rng.choice([None, None, None, *list(client.gone)[-3:], *client.keys()[-1:]])
-            known = client.record(rng.choice(list(Origin)), rng.randint(0, 4), key)
+            position = rng.choice([0, 48, 800])
+            known = client.record(rng.choice(list(Origin)), rng.randint(0, 4), key, position)
             if rng.random() < 0.8:
                 client.walk(rng.choice(used), rng.randint(1, 6), known)
         elif what < 0.7 and used:
@@ -533,6 +544,10 @@ def test_equal_calls_give_equal_victims() -> None:
 # -- one rule each ---------------------------------------------------------------------------------
 
 
+#: Of a new state at a prompt's last page: 160 tokens from its start, and not told where.
+TAIL_160, TAIL = class_of(Origin.TAIL, 0, 160), class_of(Origin.TAIL, 0)
+
+
 def kept_state(
     keeper: StateKeeper,
     key: int,
@@ -557,7 +572,7 @@ def test_price_and_lifetime_move_only_for_room() -> None:
     keeper.give_up(nodes[1], for_room=False, moved=True)
     assert (keeper.price, keeper.lifetime) == (0.0, 10 * LONGER)
     # The first one sets both; later ones move them by a step.
-    index = keeper.rates.index(class_of(Origin.TAIL, 0), bin_of(10))
+    index = keeper.rates.index(TAIL_160, bin_of(10))
     keeper.give_up(nodes[2])
     first = index * 160 / (STATE_BYTES + 10 * PAGE_BYTES)
     assert keeper.price == pytest.approx(first)
@@ -568,7 +583,7 @@ def test_price_and_lifetime_move_only_for_room() -> None:
     price, lifetime = first * 0.5 ** (30 / PRICE_HALF_LIFE), 10 + 30 * LONGER
     assert keeper.price == pytest.approx(price)
     assert keeper.lifetime == pytest.approx(lifetime)
-    second = keeper.rates.index(class_of(Origin.TAIL, 0), bin_of(40)) * first / index
+    second = keeper.rates.index(TAIL_160, bin_of(40)) * first / index
     keeper.give_up(nodes[3])
     assert keeper.price == pytest.approx(price + PRICE_STEP * (second - price))
     assert keeper.lifetime == pytest.approx(lifetime + PRICE_STEP * (40 - lifetime))
@@ -577,8 +592,9 @@ def test_price_and_lifetime_move_only_for_room() -> None:
 
 def test_what_is_made_pays_a_fair_share_of_the_price() -> None:
     keeper = new_keeper()
-    worth = keeper.rates.index(class_of(Origin.TAIL, 0), 0)
-    assert keeper.pays(Origin.TAIL, 0, 1, cuts=False), "memory is free until it was needed"
+    worth = keeper.rates.index(TAIL, 0)
+    assert keeper.pays(Origin.TAIL, 0, PAGE, cuts=False), "memory is free until it was needed"
+    keeper.lifetime = 1e6
     for pages in (1, 7, 50):
         density = pages * PAGE / (STATE_BYTES + pages * PAGE_BYTES)
         keeper.price = worth * density / FAIR_SHARE * 0.999
@@ -589,7 +605,7 @@ def test_what_is_made_pays_a_fair_share_of_the_price() -> None:
 
 def test_what_costs_a_step_must_spare_one() -> None:
     keeper = new_keeper()
-    chance = keeper.rates.chance(class_of(Origin.TAIL, 0), EDGES[-1])
+    chance = keeper.rates.chance(TAIL, EDGES[-1])
     assert 0 < chance <= 1
     enough = int(CUT_TOKENS / chance) + 1
     assert keeper.pays(Origin.TAIL, 0, enough, cuts=True)
@@ -601,7 +617,7 @@ def test_what_costs_a_step_must_spare_one() -> None:
 
 
 def test_what_costs_a_step_must_spare_one_in_some_lifetimes() -> None:
-    keeper, cls = new_keeper(), class_of(Origin.TAIL, 0)
+    keeper, cls = new_keeper(), TAIL
     keeper.price = 1e-12
     for lifetime in (0.0, 1.0, 5.5, 40.0, 900.0):
         keeper.lifetime = lifetime
@@ -610,12 +626,56 @@ def test_what_costs_a_step_must_spare_one_in_some_lifetimes() -> None:
         assert not keeper.pays(Origin.TAIL, 0, int(enough) - 1, cuts=True)
 
 
+def test_what_costs_no_step_must_spare_its_copies() -> None:
+    """Where nothing is used again, states are no longer made, even while memory is free."""
+    keeper = new_keeper()
+    enough = int(COPY_TOKENS / keeper.rates.chance(TAIL, EDGES[-1])) + 1
+    assert keeper.pays(Origin.TAIL, 0, enough, cuts=False)
+    assert not keeper.pays(Origin.TAIL, 0, enough - 2, cuts=False)
+    made = 0
+    for key in range(2_000):
+        keeper.tick()
+        if keeper.pays(Origin.TAIL, 0, 160, False, 160):
+            kept_state(keeper, key, 160)
+            made += 1
+        else:
+            keeper.record(key, Origin.TAIL, 0, 160)
+    assert 0 < made < 300
+    assert not keeper.pays(Origin.TAIL, 0, 160, False, 160)
+    # Misses bring it back.
+    for key in range(1_900, 2_000):
+        keeper.tick()
+        record = keeper.gone(key)
+        assert record is not None
+        keeper.used(record)
+    for _ in range(256):  # until what was learned is looked at again
+        keeper.tick()
+    assert keeper.pays(Origin.TAIL, 0, 160, False, 160)
+
+
+def test_classes_tell_lengths_apart_by_octaves() -> None:
+    classes = {position: class_of(Origin.TAIL, 1, position) for position in (0, 16, 31, 32, 4_096)}
+    assert classes[16] == classes[31]
+    assert len(set(classes.values())) == 4
+    assert len({cls.family for cls in classes.values()}) == 1
+
+
+def test_a_states_class_follows_where_it_is_kept() -> None:
+    keeper = new_keeper()
+    told = keeper.record(1, Origin.TAIL, 0, 160)
+    untold = keeper.record(2, Origin.TAIL, 0)
+    assert (told.cls, untold.cls) == (TAIL_160, TAIL)
+    node = keeper.tree.add(keeper.tree.root, 160, list(range(10)), 2)
+    keeper.keep(untold, node)
+    assert (untold.position, untold.cls) == (160, TAIL_160)
+
+
 def test_classes_tell_hits_apart_until_a_prefix_is_common() -> None:
-    hits = [class_of(Origin.TAIL, 0, hits).detail[1] for hits in range(20)]
+    hits = [class_of(Origin.TAIL, 0, 0, hits).detail[2] for hits in range(20)]
     assert hits == [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 12]
     assert [class_of(Origin.TAIL, turns).detail[0] for turns in range(6)] == [0, 1, 2, 3, 3, 3]
     for uses in range(10):
-        old, new = (class_of(Origin.TAIL, 1, uses, superseded) for superseded in (True, False))
+        old, new = (class_of(Origin.TAIL, 1, 0, uses, superseded) for superseded in (True, False))
         assert (old == new) == (uses >= COMMON)
 
 
@@ -637,7 +697,7 @@ def naive_stops(
         else:
             continue
         spared = position - max([hit, *made])
-        pays = keeper.pays(origin, 0, spared, position != inside)
+        pays = keeper.pays(origin, 0, spared, position != inside, position)
         (made if pays else refused)[position] = origin
     return made, refused
 
@@ -665,7 +725,7 @@ def test_a_prompt_is_cut_where_a_state_pays(
     tail = (prompt - 1) // page * page
     junction = {"none": 0, "any": anywhere + 5, "tail": tail, "before": tail - BEFORE_TAIL}
     at = max(junction[junctions], 0)
-    stops = keeper.stops(prompt, hit, at, 0, inside)
+    stops = keeper.stops(prompt, hit, at, 0, (inside,))
     assert (stops.made, stops.refused) == naive_stops(keeper, page, prompt, hit, at, inside)
     for position in (*stops.made, *stops.refused):
         assert hit < position < prompt
@@ -693,7 +753,7 @@ def test_the_prefix_before_inherits_prospects() -> None:
     assert keeper.gone(5_001) is record
     # Whoever uses it then finds it what it is.
     keeper.used(heir)
-    assert heir.cls == class_of(Origin.TAIL, 0, hits=1)
+    assert heir.cls == class_of(Origin.TAIL, 0, 160, hits=1)
     # What is worth less leaves nothing, nor does what was not given up for room.
     tail = kept_state(keeper, 5_002, 320, before, origin=Origin.TAIL)
     for _ in range(100):
@@ -721,8 +781,7 @@ def test_states_that_were_given_up_are_forgotten_oldest_first(
         assert remembered == list(range(count))[-limit:]
     keeper.tick()
     # The forgotten ones have waited one request, and wait no more.
-    cls = class_of(Origin.TAIL, 0)
-    waited = keeper.rates._classes[cls].waited
+    waited = keeper.rates._classes[TAIL_160].waited
     assert waited[0] == pytest.approx(20, rel=1e-2)
     assert waited[1] == pytest.approx(6, rel=1e-2)
 
@@ -820,7 +879,7 @@ def test_what_is_forgotten_has_waited_until_then() -> None:
         keeper.give_up(node, for_room=False, moved=moved)
         assert (keeper.gone(7) is None) == moved
         keeper.record(7, Origin.TAIL, 1)
-        waited = keeper.rates._classes[class_of(Origin.TAIL, 0)].waited
+        waited = keeper.rates._classes[TAIL_160].waited
         assert sum(waited) == 21
         assert waited[bin_of(21)] == 21 - 16
         for _ in range(50):
@@ -1034,4 +1093,9 @@ def test_control_a_broken_keeper_is_noticed(
 ) -> None:
     breakage(monkeypatch)
     with pytest.raises(AssertionError):
-        churn(Client(), random.Random(0), 600)
+        _churn_a_few_times()
+
+
+def _churn_a_few_times() -> None:
+    for seed in range(4):
+        churn(Client(), random.Random(seed), 600)

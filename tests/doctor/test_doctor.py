@@ -69,7 +69,7 @@ REFUSED = {
     "--decode-context-parallel-size": ("2",),
     "--prefill-context-parallel-size": ("2",),
     "--pipeline-parallel-size": ("2",),
-    "--speculative-config": ('{"method": "ngram", "num_speculative_tokens": 3}',),
+    "--speculative-config": ('{"method": "ngram_gpu", "num_speculative_tokens": 3}',),
     "--disable-hybrid-kv-cache-manager": (),
     "--num-gpu-blocks-override": ("100",),
     "--use-replayssm": (),

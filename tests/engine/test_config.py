@@ -229,7 +229,7 @@ SET = {
     "--decode-context-parallel-size": {"parallel_config.decode_context_parallel_size": 2},
     "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
     "--pipeline-parallel-size": {"parallel_config.pipeline_parallel_size": 2},
-    "--speculative-config": {"speculative_config": argparse.Namespace(method="ngram")},
+    "--speculative-config": {"speculative_config": argparse.Namespace(method="medusa")},
     "--attention-config.hisparse_config": {"attention_config.hisparse_config": object()},
     "--disable-hybrid-kv-cache-manager": {"scheduler_config.disable_hybrid_kv_cache_manager": True},
     "--num-gpu-blocks-override": {"cache_config.num_gpu_blocks_override": 100},

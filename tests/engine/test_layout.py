@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +10,7 @@ import pytest
 from families import FAMILIES, HALF, attention, layers, state, window
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     CircularBufferSpec,
@@ -31,6 +32,7 @@ from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, WORTH, Role
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
 from avmp_vllm.engine.layout.groups import REFUSED, ROLES, first_spec, sort_layers
+from avmp_vllm.engine.layout.limits import refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages
 
 
@@ -168,6 +170,30 @@ def test_a_model_without_one_kind_is_refused(missing):
 def test_states_that_cannot_move_together_are_refused(field):
     with pytest.raises(ConfigError, match="s and t keep states that cannot move together"):
         sort_layers({"a": attention(), "s": state(), "t": state(**{field: 1024})})
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "v2", "refused"),
+    [
+        ("MAMBA1", "cuda", True, "a Mamba-1 layer"),
+        ("MAMBA2", "cpu", False, "a Mamba-2 layer on the CPU"),
+        ("MAMBA2", "cpu", True, None),
+        ("MAMBA2", "cuda", False, None),
+        ("GDN_ATTN", "cpu", False, None),
+    ],
+)
+def test_drafts_that_a_state_cannot_follow_are_refused(kind, device, v2, refused):
+    """Stock vLLM serves these and answers wrongly."""
+    config = SimpleNamespace(
+        device_config=SimpleNamespace(device_type=device), use_v2_model_runner=v2
+    )
+    spec = state(mamba_type=MambaAttentionBackendEnum[kind], num_speculative_blocks=3)
+    if refused is None:
+        refuse_drafts(config, {"a": attention(), "s": spec})
+        return
+    with pytest.raises(ConfigError, match=f"layer s is {refused}.*remove the option"):
+        refuse_drafts(config, {"a": attention(), "s": spec})
+    refuse_drafts(config, {"a": attention(), "s": replace(spec, num_speculative_blocks=0)})
 
 
 def test_a_wide_table_is_split_where_that_spares_bytes():

@@ -174,8 +174,10 @@ def test_kernels_by_handle(done, expected, name):
     assert did["scheduler"] == "AVMPAsyncScheduler"
     assert did["migrations"] > 0
     assert did["relocations"] > 0
-    assert did["preemptions"] > 0
+    # Prompts that are not cut leave no room for one here: they end before others grow.
+    assert name == "handles" or did["preemptions"] > 0
     assert did["hits"] > 0
+    assert (did["saved"] > 0) is (name == "handles")
     assert did["rounds"] == [expected[name]] * 2
 
 
@@ -225,6 +227,20 @@ def test_states_saved_inside_of_a_chunk_are_read_at_their_position(
     assert did["answers"] == answers_to_branching
 
 
+def test_mamba1_by_handle_saves_states_without_a_cut(done, short_jamba):
+    """Every prompt is one chunk, and its states are saved on the way; one token off is seen."""
+    with engine(short_jamba) as llm:
+        expected = greedy(llm, branching_prompts(), 6)
+    did = done["branching_handles"]
+    assert did["chunks"] == len(branching_prompts())
+    assert did["saved"] >= len(branching_prompts())
+    assert did["hits"] >= 2 * 160
+    assert did["answers"] == expected
+    broken = done["branching_handles_broken"]
+    assert broken["hits"] == did["hits"]
+    assert broken["answers"] != expected
+
+
 @pytest.mark.parametrize("retention", ["_dense", "_interval"])
 def test_control_a_state_published_for_the_end_of_its_block_changes_answers(
     done, answers_to_branching, retention
@@ -233,6 +249,18 @@ def test_control_a_state_published_for_the_end_of_its_block_changes_answers(
     broken = done["branching" + retention + "_broken"]
     assert broken["hits"] > done["branching" + retention]["hits"]
     assert broken["answers"] != answers_to_branching
+
+
+def test_drafts_equal_stock(done):
+    """Tokens, and every draft: a wrong state behind a rejected token would change only the next."""
+    stock, avmp = done["drafts_stock"], done["drafts"]
+    assert avmp["answers"] == stock["answers"]
+    assert avmp["drafts"] == stock["drafts"]
+    assert 0 < avmp["accepted"] < avmp["drafted"] == stock["drafted"]
+    assert avmp["accepted"] == stock["accepted"]
+    assert avmp["hits"] > 0
+    assert avmp["migrations"] > 0
+    assert avmp["relocations"] > 0
 
 
 @pytest.mark.parametrize("name", ["no_table_writes", "no_copies", "no_rows"])

@@ -19,7 +19,21 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 
 from triton.backends import backends
 
-backends["cpu"] = SimpleNamespace(compiler=None, driver=SimpleNamespace(is_active=lambda: True))
+
+class _Driver:
+    """Says that there is one, and of what kind, to vLLM's linear attention as it is imported."""
+
+    @staticmethod
+    def is_active() -> bool:
+        """It is."""
+        return True
+
+    def get_current_target(self) -> SimpleNamespace:
+        """No GPU."""
+        return SimpleNamespace(backend="cpu", arch=0, warp_size=1)
+
+
+backends["cpu"] = SimpleNamespace(compiler=None, driver=_Driver)
 
 
 def _with_bool_mask(access: Callable[..., Any], at: int) -> Callable[..., Any]:

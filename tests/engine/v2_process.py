@@ -11,6 +11,7 @@ import triton_on_cpu  # noqa: F401
 # isort: split
 import gc
 import json
+import random
 import sys
 import time
 import weakref
@@ -33,14 +34,17 @@ from enginelib import (
     mixed_prompts,
     runner_of,
     scheduler_of,
+    tokens,
 )
 from triton.runtime.interpreter import GridExecutor
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker import mamba_utils
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.engine.layout.saves import ChunkSaves
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.state_pool import StatePool
 from avmp_vllm.engine.worker.plans import bytes_behind
@@ -113,13 +117,21 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
             "runner": type(runner).__name__,
             "page_tokens": runner.kv_cache_config.geometry.page_tokens,
             "backends": sorted({g.backend.__name__ for gs in runner.attn_groups for g in gs}),
-            "ssm_handles": bool((runner.block_tables.input_block_tables[1] >> 30).any()),
+            "ssm_handles": bool((runner.block_tables.input_block_tables[-1] >> 30).any()),
+            "tables": len(runner.kv_cache_config.kv_cache_groups),
             "hits": hits,
             "scheduler": type(scheduler_of(llm)).__name__,
             "migrations": sum(did.statistics.migrations.values()),
             "relocations": sum(did.statistics.relocations.values()),
             "preemptions": did.preemptions,
+            "saved": saved_by(llm),
         }
+
+
+def saved_by(llm: Any) -> int:
+    """States that layers have saved inside of chunks, into blocks that AVMP chose."""
+    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+    return sum(getattr(manager, "saved", 0) for manager in managers)
 
 
 def by_handle(name: str, model: str, **avmp: Any) -> dict[str, Any]:
@@ -140,31 +152,112 @@ def cuda_layers(name: str, model: str) -> dict[str, Any]:
         return {**serve(name, model), "launched": sorted(launched)}
 
 
-def branching(model: str, retention: int | None, *patches: Any) -> dict[str, Any]:
-    """Serve branching prompts one after the other, with layers that save states inside of a chunk.
+def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
+    """Serve prompts whose answers are drafted from what came before, and note every draft.
 
     Args:
         model: Folder of a Mamba-2 hybrid.
+        avmp: AVMP's options, None for stock vLLM.
+    """
+    drafts: dict[str, list[int]] = {}
+    update = Scheduler.update_draft_token_ids
+
+    def noting(self: Scheduler, made: Any) -> None:
+        for name, draft in zip(made.req_ids, made.draft_token_ids, strict=True):
+            if name in self.requests and max(draft, default=-1) >= 0:
+                # By what the request has so far, which names it in any engine.
+                drafts[str(list(self.requests[name].all_token_ids))] = list(draft)
+        update(self, made)
+
+    rng = random.Random(3)
+    again = tokens(rng, 40)
+    prompts = [
+        {"prompt_token_ids": tokens(rng, rng.choice([5, 30, 60])) + again[: 8 * (i % 5)] * 2}
+        for i in range(8)
+    ]
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    with (
+        cuda_mamba_layers(),
+        mock.patch.object(Scheduler, "update_draft_token_ids", noting),
+        engine(
+            model,
+            avmp=avmp,
+            kv_cache_memory_bytes=4_000_000 if avmp is None else 420_000,
+            max_model_len=320,
+            max_num_seqs=3,
+            enable_prefix_caching=True,
+            speculative_config={**ngram, "prompt_lookup_max": 3},
+        ) as llm,
+    ):
+        answers = [greedy(llm, prompts, 16, temperature=0) for _ in range(2)]
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        result = {
+            "answers": answers,
+            "drafts": drafts,
+            "drafted": counts["vllm:spec_decode_num_draft_tokens"],
+            "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
+            "hits": counts["vllm:prefix_cache_hits"],
+        }
+        if avmp is not None:
+            assert_nothing_held(llm)
+            did = counted(llm)
+            result["migrations"] = sum(did.statistics.migrations.values())
+            result["relocations"] = sum(did.statistics.relocations.values())
+        return result
+
+
+def branching(
+    model: str, retention: int | None, *patches: Any, kernels: str = "resolved"
+) -> dict[str, Any]:
+    """Serve branching prompts one after the other, with layers that save states inside of a chunk.
+
+    Args:
+        model: Folder of a Mamba-2 hybrid, which runs vLLM's layers for CUDA; of a Mamba-1 hybrid
+            with kernels by handle.
         retention: vLLM's ``prefix_cache_retention_interval``.
         patches: Something left out; checks that would notice it are off.
+        kernels: AVMP's option.
     """
     with ExitStack() as stack:
-        stack.enter_context(cuda_mamba_layers())
+        if kernels == "resolved":
+            stack.enter_context(cuda_mamba_layers())
         for patch in patches:
             stack.enter_context(patch)
         llm = stack.enter_context(
             engine(
                 model,
-                avmp={"checkpoint_tokens": 128, "verify": not patches},
+                avmp={"checkpoint_tokens": 128, "verify": not patches, "kernels": kernels},
                 enable_prefix_caching=True,
                 prefix_cache_retention_interval=retention,
                 max_num_batched_tokens=512,
                 kv_cache_memory_bytes=2_000_000,
             )
         )
+        scheduler = scheduler_of(llm)
+        chunks = 0
+        schedule = scheduler.schedule
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal chunks
+            output = schedule(*args, **kwargs)
+            chunks += output.total_num_scheduled_tokens > 1
+            return output
+
+        scheduler.schedule = counting
         answers = [greedy(llm, [prompt], 6, temperature=0)[0] for prompt in branching_prompts()]
         hits = next(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
-        return {"answers": answers, "hits": hits}
+        return {"answers": answers, "hits": hits, "saved": saved_by(llm), "chunks": chunks}
+
+
+def one_token_off() -> Any:
+    """Have kernels save states one token before their position."""
+    right = ChunkSaves.of_handles
+
+    def wrong(self: ChunkSaves, states: torch.Tensor) -> Any:
+        found = right(self, states)
+        return None if found is None else ((found[0] - 1).clamp(min=0), found[1])
+
+    return mock.patch.object(ChunkSaves, "of_handles", wrong)
 
 
 def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[str, Any]:
@@ -217,8 +310,8 @@ def dummy_runs(model: str) -> dict[str, Any]:
         geometry = runner.kv_cache_config.geometry
         null = geometry.null_blocks * geometry.block_bytes
         before = arena[null:].clone()
-        for tokens, decode in ((16, False), (4, True)):
-            runner._dummy_run(tokens, uniform_decode=decode)
+        for count, decode in ((16, False), (4, True)):
+            runner._dummy_run(count, uniform_decode=decode)
         return torch.equal(before, arena[null:])
 
     with workload("cache", model) as (llm, once):
@@ -492,11 +585,17 @@ def scenarios(
         "handles_granite": lambda: by_handle("handles_granite", short_granite),
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
+        "drafts_stock": lambda: drafting(short_granite, None),
+        "drafts": lambda: drafting(
+            short_granite, {"checkpoint_tokens": 128, "growth_tokens": 0, "migration_batch": 8}
+        ),
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),
         "branching_interval": lambda: branching(short_granite, 256),
         "branching_dense_broken": lambda: branching(short_granite, None, publish_anything),
         "branching_interval_broken": lambda: branching(short_granite, 256, publish_anything),
+        "branching_handles": lambda: branching(short, 0, kernels="handles"),
+        "branching_handles_broken": lambda: branching(short, 0, one_token_off(), kernels="handles"),
         "poisoned": lambda: poisoned(jamba),
         "dummy_runs": lambda: dummy_runs(jamba),
         "graph_profiling": lambda: graph_profiling(jamba),
@@ -513,10 +612,12 @@ def scenarios(
     }
 
 
-def main(result: str, models: str, *names: str) -> None:
-    """Run the scenarios (default: all) on models (a comma between) and write what they return."""
+def main(
+    result: str, runs: dict[str, Callable[[], dict[str, Any]]], names: tuple[str, ...] = ()
+) -> None:
+    """Run scenarios, all or those named, and write what they return."""
     done: dict[str, Any] = {}
-    for name, run in scenarios(*models.split(",")).items():
+    for name, run in runs.items():
         if names and name not in names:
             continue
         gc.collect()
@@ -528,4 +629,4 @@ def main(result: str, models: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], scenarios(*sys.argv[2].split(",")), tuple(sys.argv[3:]))

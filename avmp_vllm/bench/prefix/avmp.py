@@ -6,6 +6,7 @@ from avmp_vllm.bench.prefix.cache import Served, Sizes
 from avmp_vllm.bench.prefix.trace import PAGE, Request
 from avmp_vllm.core.keeper import ANSWER_TOKENS, Origin, Record, StateKeeper
 from avmp_vllm.core.prefix_tree import Node
+from avmp_vllm.core.reuse import ReuseRates
 
 
 class Avmp:
@@ -16,9 +17,12 @@ class Avmp:
         sizes: Of the model's pages and states.
     """
 
+    #: Whether the layers save the state at a prompt's last page without a step of its own.
+    inside = False
+
     def __init__(self, memory: int, sizes: Sizes) -> None:
         # The null block and page.
-        self._memory = max(memory - sizes.state - sizes.page, 0)
+        self._memory = self._all = max(memory - sizes.state - sizes.page, 0)
         self._sizes = sizes
         self._keeper = StateKeeper(sizes.page, sizes.state, PAGE)
         self._nodes: dict[int, Node] = {}
@@ -35,14 +39,15 @@ class Avmp:
         while junction < request.reusable and keys[junction] in self._pages:
             junction += 1
         turns = deepest.next_turns if deepest is not None else 0
+        tail = request.reusable * PAGE if self.inside else 0
         stops = keeper.stops(
-            request.prompt, hit * PAGE, junction * PAGE if junction > hit else 0, turns
+            request.prompt, hit * PAGE, junction * PAGE if junction > hit else 0, turns, tail
         )
         for record in dict.fromkeys((deepest, found)):
             if record is not None:
                 keeper.used(record)
         for position, origin in stops.refused.items():
-            keeper.record(keys[position // PAGE - 1], origin, turns)
+            keeper.record(keys[position // PAGE - 1], origin, turns, position)
         made = 0
         for position, origin in stops.made.items():
             made += self._keep(request, position // PAGE, origin, turns)
@@ -51,16 +56,33 @@ class Avmp:
         copies = 0
         if answer > max(request.prompt, last):
             copies = answer // ANSWER_TOKENS - request.prompt // ANSWER_TOKENS
-            if keeper.pays(Origin.ANSWER, turns, answer - last, cuts=False):
+            if keeper.pays(Origin.ANSWER, turns, answer - last, False, answer):
                 made += self._keep(request, answer // PAGE, Origin.ANSWER, turns)
             else:
                 copies = 0
-                keeper.record(keys[answer // PAGE - 1], Origin.ANSWER, turns)
+                keeper.record(keys[answer // PAGE - 1], Origin.ANSWER, turns, answer)
         if made and found is not None:
             keeper.went_on(found)
         states, pages = self._make_room()
         kind = found.origin.value if found is not None else ""
-        return Served(hit * PAGE, len(stops.made), made, states, pages, copies, kind)
+        cuts = len(stops.made) - (tail in stops.made)
+        return Served(hit * PAGE, cuts, made, states, pages, copies, kind)
+
+    def probe(self, request: Request) -> int:
+        """Prompt tokens that a request would hit now."""
+        return self._look_up(request)[0] * PAGE
+
+    def hold(self, pages: int, states: int) -> None:
+        """Leave memory to requests that run."""
+        held = pages * self._sizes.page + states * self._sizes.state
+        self._memory = max(self._all - held, 0)
+
+    def unlearn(self) -> None:
+        """Know nothing of reuse any more, nor of the price; what is kept stays."""
+        keeper, known = self._keeper, self._keeper.rates
+        keeper.rates = ReuseRates(known.now)
+        keeper.rates.epoch = known.epoch + 1
+        keeper.price = keeper.lifetime = 0.0
 
     def _look_up(self, request: Request) -> tuple[int, Node, Record | None]:
         """Pages that are hit, the state there, and the longest prefix of a known state."""
@@ -82,7 +104,7 @@ class Avmp:
             self._keeper.tree.root,
         )
         own = keys[below.position // PAGE : pages]
-        record = self._keeper.record(keys[pages - 1], origin, turns)
+        record = self._keeper.record(keys[pages - 1], origin, turns, pages * PAGE)
         node = self._keeper.tree.add(below, pages * PAGE, own, 0)
         self._nodes[keys[pages - 1]] = node
         for key in own:
@@ -119,4 +141,13 @@ class Avmp:
         assert not self._keeper.tree.problems()
         assert self._keeper.kept == len(self._nodes) == sum(n.state is not None for n in nodes)
         assert self._page_count == sum(len(node.pages) for node in nodes)
-        assert self.bytes_used() <= self._memory
+        assert self.bytes_used() <= self._all
+
+
+class AvmpInside(Avmp):
+    """The same over layers that save a state inside of a chunk.
+
+    Those are vLLM's Mamba-2 layers and AVMP's own Mamba-1 ones.
+    """
+
+    inside = True

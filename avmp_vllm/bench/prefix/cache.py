@@ -2,7 +2,8 @@
 
 A cache serves one request after the other. ``serve`` looks the prompt up, then does to the cache
 whatever that system does while it computes the rest and answers: makes states, publishes pages,
-evicts. Bytes are those of cached pages and states alone; a request that runs holds nothing.
+evicts. Bytes are those of cached pages and states alone; a request that runs holds nothing, unless
+`overlap` says so.
 """
 
 from __future__ import annotations
@@ -94,6 +95,17 @@ class Cache(Protocol):
 
     def serve(self, request: Request) -> Served:
         """Look a request up, compute the rest, answer, and keep what the system keeps."""
+        ...
+
+    def probe(self, request: Request) -> int:
+        """Prompt tokens that a request would hit now; changes nothing."""
+        ...
+
+    def hold(self, pages: int, states: int) -> None:
+        """So much memory is with requests that run, and not with the cache.
+
+        What is cached is given up where the next request needs the room, not here.
+        """
         ...
 
     def bytes_used(self) -> int:

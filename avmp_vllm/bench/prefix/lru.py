@@ -92,7 +92,7 @@ class Lru:
 
     def verify(self) -> None:
         """Raise AssertionError if the books do not add up."""
-        assert self.used == sum(size for size, _ in self._entries.values()) <= self.memory
+        assert self.used == sum(size for size, _ in self._entries.values())
         assert self._entries.keys() >= self._idle.keys()
         named = sorted((n, e) for e, (_, names) in self._entries.items() for n in names)
         found = ((n, e if isinstance(e, list) else [e]) for n, e in self._found.items())

@@ -22,7 +22,7 @@ class _Tree:
     """What both have in common: a tree within bytes, and a clock that counts requests' events."""
 
     def __init__(self, memory: int, sizes: Sizes) -> None:
-        self.memory = memory
+        self.memory = self._all = memory
         self.sizes = sizes
         self.tree = Radix()
         self.now = 0
@@ -35,7 +35,18 @@ class _Tree:
     def verify(self) -> None:
         """Check the tree and its bytes."""
         self.tree.verify()
-        assert self.bytes_used() <= self.memory
+        assert self.bytes_used() <= self._all
+
+    def probe(self, request: Request) -> int:
+        """Prompt tokens that a request would hit now."""
+        path, depth = self.tree.match(request.keys, request.reusable)
+        node = self.hit_node(path, depth, request.prompt)
+        return node.end * PAGE if node else 0
+
+    def hold(self, pages: int, states: int) -> None:
+        """Leave memory to requests that run."""
+        held = pages * self.sizes.page + states * self.sizes.state
+        self.memory = max(self._all - held, 0)
 
     def hit_node(self, path: list[Node], depth: int, prompt: int) -> Node | None:
         """The deepest node whose state a prompt can go on from."""
@@ -182,6 +193,12 @@ class SglangStatic(Sglang):
         super().__init__(memory, sizes)
         self._states_limit = int(memory * STATIC_RATIO / (1 + STATIC_RATIO)) // sizes.state
         self._pages_limit = (memory - self._states_limit * sizes.state) // sizes.page
+        self._limits = self._pages_limit, self._states_limit
+
+    def hold(self, pages: int, states: int) -> None:
+        """Leave each pool's part to requests that run."""
+        self._pages_limit = max(self._limits[0] - pages, 0)
+        self._states_limit = max(self._limits[1] - states, 0)
 
     def _room(self, pages: int, states: int) -> bool:
         while self.tree.pages + pages > self._pages_limit:
@@ -403,6 +420,14 @@ class Marconi:
     def verify(self) -> None:
         """Check the tree and its bytes."""
         self._cache.verify()
+
+    def probe(self, request: Request) -> int:
+        """Prompt tokens that a request would hit now."""
+        return self._cache.probe(request)
+
+    def hold(self, pages: int, states: int) -> None:
+        """Leave memory to requests that run."""
+        self._cache.hold(pages, states)
 
     @property
     def alpha(self) -> float:

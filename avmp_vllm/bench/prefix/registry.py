@@ -36,5 +36,6 @@ CACHES: dict[str, Rival] = {
     "marconi-lru": Rival(radix_rules.MarconiLru, "Marconi, least recent use"),
     "marconi": Rival(radix_rules.Marconi, "Marconi, its own eviction"),
     "avmp": Rival(avmp.Avmp, "AVMP"),
+    "avmp-inside": Rival(avmp.AvmpInside, "AVMP, a prompt's last state costs no cut"),
     "avmp-lru": Rival(vllm_rules.FirstAvmp, "AVMP before it chose its states"),
 }

@@ -49,6 +49,17 @@ class VllmRules:
         self._retention = retention
         self._fine = unit < state_tokens
         self._lru = Lru(memory)
+        self._memory = memory
+
+    def probe(self, request: Request) -> int:
+        """Prompt tokens that a request would hit now."""
+        return self._hit(request, self._known(request))
+
+    def hold(self, pages: int, states: int) -> None:
+        """Leave memory to requests that run."""
+        blocks = ceil_div(pages * PAGE, self._kv_tokens)
+        held = blocks * self._kv_bytes + states * self._state_bytes
+        self._lru.memory = max(self._memory - held, 0)
 
     def bytes_used(self) -> int:
         """Bytes of cached blocks."""
@@ -57,6 +68,7 @@ class VllmRules:
     def verify(self) -> None:
         """Check the list."""
         self._lru.verify()
+        assert self._lru.used <= self._memory
 
     # -- lookup ------------------------------------------------------------------------------------
 

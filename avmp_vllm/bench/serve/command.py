@@ -1,41 +1,38 @@
-"""``avmp bench serve``: AVMP and stock vLLM over HTTP, on ShareGPT, with paired intervals."""
+"""``avmp bench serve``: AVMP and stock vLLM at its best over HTTP, with paired intervals."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from avmp_vllm.bench import results
 from avmp_vllm.bench.inputs import InputError
-from avmp_vllm.bench.serve import report
-from avmp_vllm.bench.serve.rounds import Goal
+from avmp_vllm.bench.serve import models, report
+from avmp_vllm.bench.serve.job import GOAL_FACTOR, Job
+from avmp_vllm.bench.serve.sides import STOCK, STOCK_SETTINGS
 from avmp_vllm.bench.statistics import SEED
 from avmp_vllm.bench.status import exit_status
-from avmp_vllm.demo.run import (
-    ENVIRONMENT,
-    positive,
-    token_counter,
-)
+from avmp_vllm.demo.run import positive
 from avmp_vllm.demo.server import ServerError
 from avmp_vllm.demo.workload import SAMPLE, WorkloadError, read_conversations
 
-if TYPE_CHECKING:
-    from avmp_vllm.bench.serve.load import Workload
-
 BENCHMARK = "serve"
-#: MiB of cache in each regime: for the tiny Jamba, and for a model that `--model` names.
-ARENA_MIB = {report.AMPLE: (64, 8192), report.TIGHT: (4, 512)}
-#: What makes the tiny Jamba's two servers compute the same; a real model keeps vLLM's defaults.
-TINY_OPTIONS = ("--dtype", "float32", "--enforce-eager")
-TINY_STATE = 16
-WARM_UP = 0  # number of the round that is not counted
-#: Without a goal of the user's: this many times what stock took in its warm-up round.
-GOAL_FACTOR = 2.0
+_OUTPUT = Path(".bench/serve.json")
+#: MiB of cache in each regime, by the shape of the tiny Jamba, and for a model of the user's.
+_REAL = "real"
+ARENA_MIB = {
+    models.PADDED: {report.AMPLE: 64, report.TIGHT: 4},
+    models.JAMBA: {report.AMPLE: 256, report.TIGHT: 12},
+    _REAL: {report.AMPLE: 8192, report.TIGHT: 512},
+}
+#: The tiny Jamba of each workload, unless the user says which.
+DEFAULT_SHAPES = {report.SINGLE: models.PADDED, report.TURNS: models.JAMBA}
+#: Stock's settings where prefixes are cached; where they are not, all are one.
+DEFAULT_STOCK = (STOCK, "stock-dense")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,18 +57,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(report.AMPLE, report.TIGHT),
         help="memory does not bind, or binds (default: both)",
     )
-    for regime, (tiny, real) in ARENA_MIB.items():
+    for regime in (report.AMPLE, report.TIGHT):
+        defaults = ", ".join(f"{shape} {mib[regime]}" for shape, mib in ARENA_MIB.items())
+        binds = "binds" if regime == report.TIGHT else "does not bind"
         parser.add_argument(
             f"--{regime}-mib",
             type=positive,
             metavar="MIB",
-            help=f"cache of each server where memory {'does not bind' if tiny > 32 else 'binds'} "
-            f"(default {tiny}; with --model {real})",
+            help=f"cache of each server where memory {binds} (default, by shape: {defaults})",
         )
-    parser.add_argument("--rounds", type=positive, default=8, help="pairs to count (default 8)")
+    parser.add_argument(
+        "--stock",
+        type=_settings,
+        metavar="LIST",
+        default=list(DEFAULT_STOCK),
+        help="stock's settings where prefixes are cached, of "
+        f"{', '.join(STOCK_SETTINGS)} (default {','.join(DEFAULT_STOCK)}); AVMP is compared with "
+        "the best of them, figure by figure, and a second server of the last is the control",
+    )
+    parser.add_argument("--rounds", type=positive, default=8, help="to count (default 8)")
     parser.add_argument("--requests", type=positive, default=32, help="a round (default 32)")
     parser.add_argument(
-        "--concurrency", type=positive, default=24, help="requests at a time (default 24)"
+        "--concurrency",
+        type=positive,
+        default=24,
+        help="requests, or users, at a time (default 24)",
     )
     parser.add_argument(
         "--answer-tokens",
@@ -82,12 +92,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-model-len", type=positive, default=2048)
     parser.add_argument(
-        "--mamba-d-state",
-        type=positive,
-        default=TINY_STATE,
-        metavar="N",
-        help=f"state size of the tiny Jamba (default {TINY_STATE}: stock vLLM pads it more than "
-        "threefold on CPU; 60: stock hardly pads it)",
+        "--turns", type=positive, default=6, help="most turns of a conversation (default 6)"
+    )
+    parser.add_argument(
+        "--think-s",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="mean pause of a user before a turn (default 2)",
+    )
+    parser.add_argument(
+        "--shape",
+        choices=tuple(models.SHAPES),
+        help="tiny Jamba: one that stock vLLM pads more than threefold, or one of the proportions "
+        "of Jamba Reasoning 3B (default: padded for single turns, jamba for conversations)",
     )
     parser.add_argument(
         "--goal-ttft-ms", type=float, help="goodput: latest first token (default: measured, below)"
@@ -103,14 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="OPTION",
-        help="one more option for both servers, as in --vllm-option=--enforce-eager",
+        help="one more option for all servers, as in --vllm-option=--enforce-eager",
     )
     parser.add_argument("--start-timeout", type=positive, default=900, metavar="S")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE",
-        help="result file (default .bench/serve.json; with --check: none)",
+        help=f"result file (default {_OUTPUT}; with --check: none)",
     )
     parser.add_argument(
         "--check",
@@ -120,164 +138,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _settings(text: str) -> list[str]:
+    """Argument type: names of stock's settings, the default one first."""
+    names = [name for name in text.split(",") if name]
+    for name in names:
+        if name not in STOCK_SETTINGS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(STOCK_SETTINGS)}")
+    return [STOCK, *(name for name in dict.fromkeys(names) if name != STOCK)]
+
+
 def _parameters(args: argparse.Namespace) -> dict[str, Any]:
     workloads = [args.workload] if args.workload else [report.SINGLE, report.TURNS]
     regimes = [args.regime] if args.regime else [report.AMPLE, report.TIGHT]
     if args.answer_tokens < 1 and report.TURNS in workloads:
         raise InputError(args.sharegpt, None, "--answer-tokens 0 works with --workload single only")
-    mib = {
-        regime: getattr(args, f"{regime}_mib") or ARENA_MIB[regime][1 if args.model else 0]
-        for regime in regimes
+    if args.think_s < 0:
+        raise InputError(args.sharegpt, None, f"--think-s {args.think_s:g} is less than 0")
+    shapes = {
+        workload: _REAL if args.model else args.shape or DEFAULT_SHAPES[workload]
+        for workload in workloads
     }
+    stock = {one: args.stock if one == report.TURNS else [STOCK] for one in workloads}
     return {
         "model": args.model,
         "sharegpt": args.sharegpt.name,
         "sharegpt_sha256": hashlib.sha256(args.sharegpt.read_bytes()).hexdigest(),
         "workloads": workloads,
-        "arena_mib": mib,
+        "shapes": shapes,
+        "arena_mib": {
+            workload: {
+                regime: getattr(args, f"{regime}_mib") or ARENA_MIB[shapes[workload]][regime]
+                for regime in regimes
+            }
+            for workload in workloads
+        },
+        "stock": stock,
+        "control": {workload: settings[-1] for workload, settings in stock.items()},
         "rounds": args.rounds,
         "requests": args.requests,
         "concurrency": args.concurrency,
+        "turns": args.turns,
+        "think_s": args.think_s,
         "answer_tokens": args.answer_tokens or None,
         "max_model_len": args.max_model_len,
-        "mamba_d_state": None if args.model else args.mamba_d_state,
         "goal_ttft_ms": args.goal_ttft_ms,
         "goal_tpot_ms": args.goal_tpot_ms,
         "vllm_options": args.vllm_option,
     }
 
 
-class Job:
-    """A run: parameters, where finished rounds go, and the folder of the logs."""
-
-    def __init__(
-        self, args: argparse.Namespace, parameters: dict[str, Any], journal: results.Journal
-    ) -> None:
-        self.parameters, self.journal = parameters, journal
-        self._args = args
-        self._folder = (args.output or Path(".bench/serve.json")).parent
-        self.model = parameters["model"] or str(self._tiny_jamba())
-
-    def _tiny_jamba(self) -> Path:
-        from avmp_vllm.models.tiny_jamba import write_tiny_jamba
-
-        state = self.parameters["mamba_d_state"]
-        return write_tiny_jamba(self._folder / f"tiny-jamba-{state}", mamba_d_state=state)
-
-    def scenarios(self) -> Iterator[str]:
-        """``workload/regime`` of every scenario."""
-        for workload in self.parameters["workloads"]:
-            for regime in self.parameters["arena_mib"]:
-                yield f"{workload}/{regime}"
-
-    def options(self, workload: Workload, regime: str) -> list[str]:
-        """Options of ``vllm serve`` for both servers."""
-        p = self.parameters
-        return [
-            *("--kv-cache-memory-bytes", str(p["arena_mib"][regime] << 20)),
-            *("--max-model-len", str(p["max_model_len"])),
-            *("--max-num-seqs", str(p["concurrency"])),
-            "--disable-uvicorn-access-log",
-            *workload.options,
-            *(() if p["model"] else TINY_OPTIONS),
-            *p["vllm_options"],
-        ]
-
-    def _workload(self, name: str) -> Workload:
-        from avmp_vllm.bench.serve.load import Conversations, Load, SingleTurns
-
-        p = self.parameters
-        load = Load(
-            self._args.sharegpt,
-            p["requests"],
-            p["concurrency"],
-            p["answer_tokens"],
-            p["max_model_len"],
-        )
-        if name == report.SINGLE:
-            return SingleTurns(load)
-        return Conversations(load, token_counter(Path(self.model)))
-
-    def run(self) -> None:
-        """Run every round that the journal lacks."""
-        for scenario in self.scenarios():
-            rounds = range(1, self.parameters["rounds"] + 1)
-            todo = [number for number in rounds if f"{scenario}/{number}" not in self.journal.done]
-            if todo:
-                self._run_scenario(scenario, todo)
-
-    def _run_scenario(self, scenario: str, todo: list[int]) -> None:
-        from tqdm import tqdm
-
-        from avmp_vllm.bench.serve import pair
-
-        name, regime = scenario.split("/")
-        workload = self._workload(name)
-        logs = self._folder / "serve-logs" / scenario.replace("/", "-")
-        environment = ENVIRONMENT if self.parameters["model"] is None else {}
-        options = self.options(workload, regime)
-        print(f"{scenario}: starting both servers; logs in {logs}", file=sys.stderr)
-        with pair.running_pair(
-            self.model, options, environment, logs, self._args.start_timeout
-        ) as servers:
-            bar = tqdm(total=2 * (len(todo) + 1), desc=scenario, unit="half", disable=None)
-
-            def one(number: int, goal: Goal | None) -> dict[str, Any]:
-                # First in turn, so that neither gains by its place.
-                order = list(servers) if number % 2 else list(reversed(servers))
-                found = {}
-                for side in order:
-                    found[side] = pair.drive(
-                        servers[side],
-                        workload,
-                        self.model,
-                        number,
-                        logs / "client.log",
-                        goal,
-                    )
-                    bar.update()
-                return found
-
-            warm = one(WARM_UP, None)
-            if f"{scenario}/goal" not in self.journal.done:
-                stock = warm[pair.STOCK]["figures"]
-                p = self.parameters
-                goal = Goal(
-                    p["goal_ttft_ms"] or GOAL_FACTOR * stock["ttft_p50_ms"],
-                    p["goal_tpot_ms"] or GOAL_FACTOR * stock["tpot_p50_ms"],
-                )
-                self.journal.add(f"{scenario}/goal", list(goal))
-            goal = Goal(*self.journal.done[f"{scenario}/goal"])
-            for number in todo:
-                self.journal.add(f"{scenario}/{number}", one(number, goal))
-            bar.close()
-
-    def rounds(self) -> dict[str, list[dict[str, Any]]]:
-        """Finished rounds of every scenario."""
-        return {
-            scenario: [
-                self.journal.done[f"{scenario}/{number}"]
-                for number in range(1, self.parameters["rounds"] + 1)
-            ]
-            for scenario in self.scenarios()
-        }
-
-    def goals(self) -> dict[str, list[float]]:
-        """Latency goal of every scenario."""
-        return {name: self.journal.done[f"{name}/goal"] for name in self.scenarios()}
-
-
 def head(
     parameters: dict[str, Any], scenario: str, goal: list[float], rounds: list[dict[str, Any]]
 ) -> str:
     """One line about how a scenario was run."""
-    foreign = [100 * half["foreign_share"] for one in rounds for half in one.values()]
-    mib = parameters["arena_mib"][scenario.split("/")[1]]
+    foreign = [100 * side["foreign_share"] for one in rounds for side in one.values()]
+    workload, regime = scenario.split("/")
+    mib = parameters["arena_mib"][workload][regime]
+    who = "requests" if workload == report.SINGLE else "users"
+    pause = "" if workload == report.SINGLE else f" who think for {parameters['think_s']:g} s"
     return (
         f"{mib} MiB, {parameters['rounds']} rounds of {parameters['requests']} requests, "
-        f"{parameters['concurrency']} at a time; good: first token within {goal[0]:.0f} ms and "
-        f"{goal[1]:.1f} ms a token after it; other programs took {min(foreign):.0f} to "
-        f"{max(foreign):.0f}% of the {os.cpu_count()} cores"
+        f"{parameters['concurrency']} {who} at a time{pause}; "
+        f"good: first token within {goal[0]:.0f} ms and {goal[1]:.1f} ms a token "
+        f"after it; other programs took {min(foreign):.0f} to {max(foreign):.0f}% of the "
+        f"{os.cpu_count()} cores"
     )
 
 
@@ -285,7 +209,6 @@ def result_of(
     parameters: dict[str, Any], rounds: dict[str, Any], goals: dict[str, Any]
 ) -> dict[str, Any]:
     """The result file's content."""
-    sides = (report.AVMP, report.STOCK)
     return {
         "format": results.FORMAT,
         "benchmark": BENCHMARK,
@@ -295,33 +218,48 @@ def result_of(
         },
         "parameters": parameters,
         "counts": {
-            name: [{side: one[side]["counts"] for side in sides} for one in several]
+            name: [{side: found["counts"] for side, found in one.items()} for one in several]
             for name, several in rounds.items()
         },
         "timings": {
             name: {
                 "goal_ttft_tpot_ms": goals[name],
                 "rounds": several,
-                "ratios": {key: list(ratio) for key, ratio in report.ratios(several).items()},
+                "ratios": _lists(report.ratios(several)),
+                "baselines": report.baselines(several),
+                "control": _lists(report.control_ratios(several)),
+                "equal": report.parity(several),
             }
             for name, several in rounds.items()
         },
     }
 
 
+def _lists(ratios: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {key: list(ratio) for key, ratio in ratios.items()}
+
+
 def _run(args: argparse.Namespace) -> int:
     read_conversations(args.sharegpt)  # one clear error now, not after the servers have started
     parameters = _parameters(args)
-    output = args.output or Path(".bench/serve.json")
+    output = args.output or _OUTPUT
     old = None
     if args.check:
         old = results.read(args.check, BENCHMARK)
         if old["parameters"]["sharegpt_sha256"] != parameters["sharegpt_sha256"]:
             wanted = old["parameters"]["sharegpt"]
             raise InputError(args.check, None, f"was run with another --sharegpt: {wanted}")
+        if old["parameters"].keys() != parameters.keys():
+            raise InputError(args.check, None, "is of another version of this benchmark: run anew")
         parameters, output = old["parameters"], args.output
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
-        job = Job(args, parameters, journal)
+        job = Job(
+            parameters,
+            sharegpt=args.sharegpt,
+            folder=(args.output or _OUTPUT).parent,
+            start_timeout_s=args.start_timeout,
+            journal=journal,
+        )
         job.run()
         rounds, goals = job.rounds(), job.goals()
         heads = {
@@ -336,12 +274,18 @@ def _run(args: argparse.Namespace) -> int:
     failed = any(
         one[side]["failed"] for r in result["counts"].values() for one in r for side in one
     )
+    # In fp32 nothing that runs beside a request changes its tokens.
+    unequal = parameters["model"] is None and any(
+        equal != requests
+        for scenario in result["timings"].values()
+        for equal, requests in scenario["equal"].values()
+    )
     differs = old is not None and results.compare(args.check, old, result)
-    return int(differs or failed)
+    return int(differs or failed or unequal)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the benchmark; 1 if a request failed or a count differs, 2 for bad input."""
+    """Run the benchmark; 1 if a request failed or an answer or count differs, 2 for bad input."""
     return exit_status(
         BENCHMARK,
         lambda: _run(args),

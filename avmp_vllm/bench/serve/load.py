@@ -1,9 +1,9 @@
 """The workloads: how a server is driven for one round.
 
 Single turns are driven by vLLM's own client, ``vllm bench serve``, called in this process: starting
-it anew for every round would cost more than the round. It has no conversations with history, so the
-project's client drives those, with the history of the file and not the server's own answers. Both
-servers get the same requests in the same order.
+it anew for every round would cost more than the round. It has no conversations that
+hold the server's own answers, so the project's client drives those. All servers get the same
+requests, as long as they give the same answers.
 """
 
 from __future__ import annotations
@@ -12,22 +12,14 @@ import asyncio
 import contextlib
 import gc
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.serve.chats import Chat, Tokenizer, converse, make_chat
 from avmp_vllm.bench.serve.rounds import Round
-from avmp_vllm.demo.replay import replay
-from avmp_vllm.demo.workload import (
-    Conversation,
-    CountTokens,
-    Phase,
-    Request,
-    read_conversations,
-    requests_of,
-)
+from avmp_vllm.demo.workload import Conversation, read_conversations
 
 
 @dataclass(frozen=True)
@@ -37,9 +29,11 @@ class Load:
     Attributes:
         sharegpt: File of the conversations.
         requests: Requests of a round (of chats: at most).
-        concurrency: Requests (chats) at a time.
+        concurrency: Requests (users) at a time.
         answer_tokens: Length of an answer; None: as long as in the file (single turns only).
         max_model_len: Longest prompt and answer.
+        turns: Most turns of a chat.
+        think_s: Mean seconds between an answer and the next turn of its chat.
     """
 
     sharegpt: Path
@@ -47,6 +41,8 @@ class Load:
     concurrency: int
     answer_tokens: int | None
     max_model_len: int
+    turns: int = 6
+    think_s: float = 0.0
 
 
 class Workload(Protocol):
@@ -100,47 +96,55 @@ class SingleTurns:
 
 
 class Conversations:
-    """Whole chats: every turn with the history before it, the turns of a chat one after another."""
+    """Whole chats, each turn behind the answers that this server gave before it."""
 
     options = ("--enable-prefix-caching",)
 
-    def __init__(self, load: Load, count: CountTokens) -> None:
+    def __init__(self, load: Load, tokenizer: Tokenizer) -> None:
         assert load.answer_tokens is not None
         self._load = load
         self._answer = load.answer_tokens
-        self._count = count
+        self._tokenizer = tokenizer
         self._chats = [
-            chat for chat in read_conversations(load.sharegpt) if len(chat.messages) >= 3
+            chat
+            for chat in read_conversations(load.sharegpt)
+            if sum(message["role"] == "user" for message in chat.messages) >= 2
         ]
         if not self._chats:
             raise InputError(load.sharegpt, None, "holds no conversation with a second question")
 
-    def phase(self, seed: int) -> Phase:
+    def chats(self, seed: int) -> list[Chat]:
         """The chats of a round: a random choice, opened by a line that no other round has.
 
         The line keeps a round from finding its prompts in the cache of the round before.
         """
-        chats = list(self._chats)
-        random.Random(seed).shuffle(chats)
-        opening = {"role": "system", "content": f"Conversation group {seed}."}
-        chosen: list[tuple[Request, ...]] = []
-        left = self._load.requests
-        for chat in chats:
-            turns = self._turns(Conversation(chat.id, (opening, *chat.messages)))[:left]
-            if turns:
-                chosen.append(turns)
-                left -= len(turns)
+        load, rng = self._load, random.Random(seed)
+        opening = {"role": "system", "content": f"{seed} is the group."}
+        chosen: list[Chat] = []
+        left = load.requests
+        for found in rng.sample(self._chats, len(self._chats)):
+            said = [message for message in found.messages if message["role"] != "system"]
+            chat = make_chat(
+                Conversation(found.id, (opening, *said)),
+                self._tokenizer,
+                answer_tokens=self._answer,
+                longest=load.max_model_len,
+                most_turns=min(load.turns, left),
+                think_s=load.think_s,
+                rng=rng,
+            )
+            if chat.turns:
+                chosen.append(chat)
+                left -= len(chat.turns)
             if not left:
                 break
         if not chosen:
-            raise InputError(self._load.sharegpt, None, "no turn fits in --max-model-len")
-        return Phase(f"round {seed}", tuple(chosen), self._load.concurrency)
-
-    def _turns(self, chat: Conversation) -> tuple[Request, ...]:
-        longest = self._load.max_model_len - self._answer
-        found: Sequence[Any] = list(requests_of(chat, self._count, longest))
-        return tuple(Request(*turn, self._answer) for turn in found)
+            raise InputError(load.sharegpt, None, "no turn fits in --max-model-len")
+        return chosen
 
     def drive(self, url: str, model: str, seed: int, log: Path) -> Round:
-        """Replay a round's chats."""
-        return Round.from_replay(asyncio.run(replay(url, model, [self.phase(seed)])))
+        """Hold a round's chats."""
+        chats = self.chats(seed)
+        return Round.from_replay(
+            asyncio.run(converse(url, model, chats, self._load.concurrency, self._answer))
+        )

@@ -10,6 +10,9 @@ import numpy as np
 
 from avmp_vllm.demo.replay import Replay
 
+#: An answer: text, or token ids; None where there is none.
+Text = str | tuple[int, ...] | None
+
 
 class Timed(NamedTuple):
     """One request that was answered.
@@ -52,12 +55,14 @@ class Round:
     Attributes:
         seconds: From the first request to the last answer.
         failed: Requests without an answer; ``errors`` says why.
+        texts: What was answered, request by request, None for no answer; empty if unknown.
     """
 
     seconds: float
     answered: list[Timed]
     failed: int = 0
     errors: list[str] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
 
     @classmethod
     def from_vllm(cls, result: Mapping[str, Any]) -> Round:
@@ -73,6 +78,11 @@ class Round:
         if len({len(result[name]) for name in names}) != 1:
             raise ValueError("vllm bench serve gave lists of different lengths")
         found = cls(result["duration"], [])
+        texts = result.get("generated_texts", [])
+        found.texts = [
+            None if error else text
+            for text, error in zip(texts, result["errors"] if texts else [], strict=True)
+        ]
         for *values, error in zip(*(result[name] for name in names), strict=True):
             if error:
                 found.errors.append(str(error).strip().splitlines()[-1])
@@ -86,6 +96,8 @@ class Round:
         """Read what the project's own client measured."""
         found = cls(replay.seconds, [])
         for answer in replay.answers:
+            failed = answer.error is not None or answer.ttft_s is None
+            found.texts.append(None if failed else tuple(answer.token_ids) or answer.text)
             if answer.error is not None or answer.ttft_s is None:
                 found.errors.append(answer.error or "no text")
                 continue
@@ -100,6 +112,17 @@ class Round:
             )
         found.failed = len(found.errors)
         return found
+
+    def equal_to(self, other: Round) -> int | None:
+        """Requests that both answered, and alike; None where the answers are not known.
+
+        Raises:
+            ValueError: The other round had another number of requests.
+        """
+        if not self.texts or not other.texts:
+            return None
+        pairs = zip(self.texts, other.texts, strict=True)
+        return sum(ours is not None and ours == theirs for ours, theirs in pairs)
 
     def counts(self) -> dict[str, int]:
         """What does not depend on a clock."""
@@ -120,6 +143,7 @@ class Round:
             "throughput": sum(r.answer_tokens for r in self.answered) / self.seconds,
             "goodput": good / self.seconds,
             "ttft_p50_ms": float(np.median(firsts)),
+            "ttft_p90_ms": float(np.percentile(firsts, 90)),
             "ttft_p99_ms": float(np.percentile(firsts, 99)),
             "itl_p50_ms": float(np.median(gaps)),
             "itl_p99_ms": float(np.percentile(gaps, 99)),

@@ -23,6 +23,10 @@ class Refusal(NamedTuple):
     why: str
 
 
+#: Methods of speculative decoding that work: with no cache of their own, or one of full attention.
+DRAFTERS = ("ngram", "mtp", "eagle", "eagle3")
+
+
 def _given(value: object) -> bool:
     return value is not None
 
@@ -75,9 +79,8 @@ REFUSALS = (
     Refusal(
         "--speculative-config",
         lambda c: c.speculative_config and c.speculative_config.method,
-        _given,
-        "speculative decoding (and hidden-state extraction, which uses it) needs state slots for "
-        "draft tokens, and that is not built yet",
+        lambda method: method is not None and method not in DRAFTERS,
+        f"of the drafters only {', '.join(DRAFTERS)} were tried; others keep caches of their own",
     ),
     Refusal(
         "--attention-config.hisparse_config",
@@ -126,6 +129,12 @@ def refuse(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             "kernels = 'handles' needs Model Runner V2, which runs on CUDA: set kernels to "
             "'resolved', or unset VLLM_USE_V2_MODEL_RUNNER if it is 0"
+        )
+    drafts = vllm_config.speculative_config
+    if config is not None and config.kernels == "handles" and drafts is not None:
+        raise ConfigError(
+            f"kernels = 'handles' does not work with --speculative-config {drafts.method}: its "
+            "kernels read one state a request; set kernels to 'resolved'"
         )
     model = vllm_config.model_config
     if model.is_attention_free:

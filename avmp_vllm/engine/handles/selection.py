@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,16 @@ from vllm.v1.attention.backends.registry import (
     MambaAttentionBackendEnum,
     register_backend,
 )
-from vllm.v1.kv_cache_interface import MambaSpec
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, iter_layer_specs
 
+from avmp_vllm.core import Kind
 from avmp_vllm.engine.entry.config import ConfigError
+from avmp_vllm.engine.layout.groups import kind_of_spec
 
 if TYPE_CHECKING:
     import torch
     from avmp_kernels.pages import PageTable
-    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
 BACKEND = "avmp_vllm.engine.handles.attention.HandleAttentionBackend"
 
@@ -67,8 +70,43 @@ def get_attn_backend_cls(stock: Callable[..., str]) -> Callable[..., str]:
 
 
 def takes_handles(spec: KVCacheSpec) -> bool:
-    """Whether AVMP has kernels for a kind of layer: attention and Mamba-1."""
-    return not isinstance(spec, MambaSpec) or spec.mamba_type == MambaAttentionBackendEnum.MAMBA1
+    """Whether AVMP has kernels for a group's layers: full attention of one layout, and Mamba-1."""
+    return type(spec) is FullAttentionSpec or all(
+        isinstance(layer, MambaSpec) and layer.mamba_type == MambaAttentionBackendEnum.MAMBA1
+        for layer in iter_layer_specs(spec)
+    )
+
+
+def check_groups(kv_cache_config: KVCacheConfig) -> None:
+    """Check that AVMP's attention can read all pages: one table, of one layout, full attention.
+
+    Raises:
+        ConfigError: It cannot; with what the model keeps, and the setting that works.
+    """
+    paged = [
+        group.kv_cache_spec
+        for group in kv_cache_config.kv_cache_groups
+        if kind_of_spec(group.kv_cache_spec) is Kind.KV
+    ]
+    if len(paged) == 1 and takes_handles(paged[0]):
+        return
+    layouts = dict.fromkeys(layer for spec in paged for layer in iter_layer_specs(spec))
+    names = " and ".join(dict.fromkeys(type(layout).__name__ for layout in layouts))
+    raise ConfigError(
+        f"kernels = 'handles': the model keeps {len(layouts)} layouts of pages ({names}) in "
+        f"{len(paged)} block table(s), and AVMP's attention reads one layout of full attention in "
+        "one; set kernels to 'resolved'"
+    )
+
+
+def saving_inside(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """Have Mamba-1 layers' specs say that they save states at any position of a chunk."""
+    return {
+        name: replace(spec, prefill_checkpoint_alignment=1)
+        if isinstance(spec, MambaSpec) and takes_handles(spec)
+        else spec
+        for name, spec in specs.items()
+    }
 
 
 def bind(

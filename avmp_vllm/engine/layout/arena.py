@@ -21,14 +21,18 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheS
 from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, PageGroup
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.geometry import BLOCK_ALIGNMENT
-from avmp_vllm.core.tables import Layout, Role, place, round_up
+from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, Layout, Role, place, round_up
 from avmp_vllm.engine.entry.config import ConfigError, selected
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
-from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages
+from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages, refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+#: Bytes that surely hold a page of each kind, for what does not depend on them; never allocated.
+ANY_ARENA = 1 << 50
 
 
 @dataclass
@@ -46,23 +50,24 @@ class AVMPCacheConfig(KVCacheConfig):
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Length of the view that a tensor describes."""
         assert self.geometry is not None
-        for group in self.kv_cache_groups:
-            if tensor.layers[0] in group.layer_names:
-                is_state = kind_of_spec(group.kv_cache_spec) is Kind.SSM
-                return self.geometry.blocks if is_state else self.geometry.pages
-        raise AssertionError(f"{tensor.layers} belong to no group")
+        is_state = kind_of_spec(self.layer_specs[tensor.layers[0]]) is Kind.SSM
+        return self.geometry.blocks if is_state else self.geometry.pages
 
 
 def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the engine core's ``get_kv_cache_configs``: one arena a rank, two groups over it."""
+    """Wrap the engine core's ``get_kv_cache_configs``: one arena a rank, two groups over it.
+
+    From vLLM 0.33 on the groups come as an argument of their own. They are made again here.
+    """
 
     def wrapper(
         vllm_config: VllmConfig,
         kv_cache_specs: list[dict[str, KVCacheSpec]],
         available_memory: list[int],
+        *groups: Any,
     ) -> list[KVCacheConfig]:
         if selected(vllm_config.additional_config) is None:
-            return stock(vllm_config, kv_cache_specs, available_memory)
+            return stock(vllm_config, kv_cache_specs, available_memory, *groups)
         configs = [
             arena_config(vllm_config, specs, min(available_memory)) for specs in kv_cache_specs
         ]
@@ -70,9 +75,27 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         assert geometry is not None
         if any(config.geometry != geometry for config in configs):
             raise ConfigError("ranks have different page sizes, which AVMP cannot serve")
+        refuse_drafts(vllm_config, configs[0].layer_specs)
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, geometry)
         return list(configs)
+
+    return wrapper
+
+
+def get_global_kv_cache_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the engine core's ``get_global_kv_cache_groups`` of vLLM 0.33: the arena's two groups.
+
+    vLLM asks for them before it knows how many bytes there are.
+    """
+
+    def wrapper(
+        vllm_config: VllmConfig, kv_cache_specs: list[dict[str, KVCacheSpec]]
+    ) -> list[KVCacheGroupSpec]:
+        if selected(vllm_config.additional_config) is None:
+            return stock(vllm_config, kv_cache_specs)
+        merged = {name: spec for specs in kv_cache_specs for name, spec in specs.items()}
+        return list(arena_config(vllm_config, merged, ANY_ARENA).kv_cache_groups)
 
     return wrapper
 
@@ -156,4 +179,6 @@ def _bytes(table: Layers) -> int:
 
 def _page_alignment(paged: list[Layers]) -> int:
     """What the bytes of a KV page must be a multiple of."""
-    return lcm(*(s.get_block_stride_alignment() for t in paged for s in t.specs.values()))
+    return lcm(
+        LAYOUT_ALIGNMENT, *(s.get_block_stride_alignment() for t in paged for s in t.specs.values())
+    )

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
     AttentionSpec,
     KVCacheConfig,
@@ -26,6 +26,7 @@ from avmp_vllm.core import Kind, PageGroup
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role, round_up
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import (
@@ -63,12 +64,12 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
     aligned = vllm_config.cache_config.mamba_cache_mode == "align"
     inflated = {name: _inflated(name, spec, tokens, page, aligned) for name, spec in specs.items()}
     try:
-        groups = kv_cache_utils.get_kv_cache_groups(vllm_config, inflated)
-        planned: KVCacheConfig = kv_cache_utils.get_kv_cache_config_from_groups(
+        stock = minors.planning()
+        groups = stock.get_kv_cache_groups(vllm_config, inflated)
+        planned: KVCacheConfig = stock.get_kv_cache_config_from_groups(
             vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
         )
-    except (AssertionError, NotImplementedError, ValueError) as error:
-        logger.debug("AVMP: stock vLLM cannot plan these layers: %s", error)
+    except (AssertionError, NotImplementedError, ValueError):
         return None
     firsts = [first_spec(group.kv_cache_spec) for group in groups]
     held = next(spec for spec in firsts if isinstance(spec, MambaSpec))
@@ -108,11 +109,14 @@ def _inflated(name: str, spec: KVCacheSpec, tokens: int, page: int, aligned: boo
 def _stock_unit(vllm_config: VllmConfig, slots: KVCacheSpec) -> int:
     """Tokens that stock vLLM's block would be a multiple of."""
     cache = vllm_config.cache_config
-    if isinstance(slots, MLAAttentionSpec):
-        return max(128, cache.block_size if cache.user_specified_block_size else 0)
+    unit = 128 if vllm_config.device_config.device_type == "cpu" else 16
     if cache.user_specified_block_size:
-        return cache.block_size
-    return 128 if vllm_config.device_config.device_type == "cpu" else 16
+        unit = cache.block_size
+    if isinstance(slots, MLAAttentionSpec):
+        unit = max(unit, 128)
+    if cache.mamba_cache_mode == "align":
+        unit = lcm(unit, minors.state_alignment(vllm_config))
+    return unit
 
 
 def states_per_sequence(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> int:

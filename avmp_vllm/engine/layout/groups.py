@@ -174,6 +174,21 @@ def kind_of_spec(spec: KVCacheSpec) -> Kind:
     return Kind.SSM if isinstance(first_spec(spec), MambaSpec) else Kind.KV
 
 
+def saves_anywhere(spec: KVCacheSpec) -> bool:
+    """Whether a layer saves its state at any position inside of a chunk, into any block.
+
+    Such a layer names an alignment for states saved in a prefill, and asks for no blocks for them:
+    vLLM reserves none then, and AVMP finds its own. (vLLM's own machinery saves one state a chunk,
+    at the last hash before its end, in the block before the running one's.)
+    """
+    return (
+        isinstance(spec, MambaSpec)
+        and spec.prefill_checkpoint_alignment == 1
+        and not spec.num_prefill_checkpoint_blocks
+        and not spec.num_speculative_blocks
+    )
+
+
 def group_of(kv_cache_config: KVCacheConfig, kind: Kind) -> KVCacheGroupSpec:
     """The first cache group of a pool: the one with a slot for every token, or all states."""
     return next(

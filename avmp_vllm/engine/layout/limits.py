@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     KVCacheSpec,
@@ -14,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
 
 from avmp_vllm.core import Geometry
 from avmp_vllm.core.tables import Role
+from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.groups import state_spec
 
 if TYPE_CHECKING:
@@ -36,6 +39,26 @@ def most_pages(vllm_config: VllmConfig, role: Role, spec: KVCacheSpec) -> int | 
     return None
 
 
+def refuse_drafts(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse speculative decoding where a layer's state cannot go back behind a rejected draft.
+
+    Stock vLLM serves these models, too, and answers from states that rejected drafts have changed.
+
+    Raises:
+        ConfigError: Naming the layer.
+    """
+    on_cpu = vllm_config.device_config.device_type == "cpu" and not vllm_config.use_v2_model_runner
+    stuck = {MambaAttentionBackendEnum.MAMBA1: "a Mamba-1 layer"}
+    if on_cpu:
+        stuck[MambaAttentionBackendEnum.MAMBA2] = "a Mamba-2 layer on the CPU"
+    for name, spec in layers.items():
+        if isinstance(spec, MambaSpec) and spec.num_speculative_blocks and spec.mamba_type in stuck:
+            raise ConfigError(
+                f"--speculative-config: layer {name} is {stuck[spec.mamba_type]}, and vLLM has no "
+                "kernel that takes its state back when a draft token is rejected; remove the option"
+            )
+
+
 def blocks_per_request(spec: MambaSpec, steps: int) -> int:
     """Most SSM blocks that one request must be able to hold at a time.
 
@@ -48,9 +71,11 @@ def blocks_per_request(spec: MambaSpec, steps: int) -> int:
         spec: Of the SSM layers.
         steps: That may be in flight at once, the one being scheduled included.
     """
+    # The states behind draft tokens move along with the running one.
+    drafts = spec.num_speculative_blocks
     if spec.mamba_cache_mode != "align":
-        return 1
-    return max(3, 2 + (steps - 1) * (1 + spec.num_prefill_checkpoint_blocks))
+        return 1 + drafts
+    return drafts + max(3, 2 + (steps - 1) * (1 + spec.num_prefill_checkpoint_blocks))
 
 
 def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> None:

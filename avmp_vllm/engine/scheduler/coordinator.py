@@ -22,9 +22,10 @@ from vllm.v1.core.kv_cache_coordinator import (
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
-from avmp_vllm.engine.layout.groups import kind_of_spec, role_of
+from avmp_vllm.engine.layout.groups import kind_of_spec, role_of, state_spec
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.checkpoints import Checkpoints
 from avmp_vllm.engine.scheduler.state_manager import ROLE, StateManager
@@ -91,6 +92,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
                 stock.hash_block_size,
                 stock.enable_kv_cache_events,
                 stock.metrics_collector,
+                **minors.hash_lookahead(stock),
             )
             for kind in Kind
         }
@@ -107,7 +109,10 @@ class DualPoolCoordinator(KVCacheCoordinator):
         self.checkpoints: Checkpoints | None = None
         #: Groups with a page for every so many tokens, which a prefix hit needs all of.
         self.slots = self._slot_groups()
-        if stock.enable_caching and self.retention_interval == 0 and self.slots:
+        # A drafter that reads the target's hidden states computes the page behind a hit again, so a
+        # hit needs a page more than its state does: vLLM's own rules see to that.
+        own_rules = self.retention_interval == 0 and not self.eagle_group_ids
+        if stock.enable_caching and own_rules and self.slots:
             self._keep_checkpoints(config)
 
     def _slot_groups(self) -> list[int]:
@@ -135,7 +140,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
             self.pools[Kind.KV].hash_block_size,
             len(self.slots),
             config.cut_tokens,
-            config.answer_tokens,
+            # While it drafts, a request's state is in whichever block its last accepted token is.
+            0 if state_spec(self.kv_cache_config).num_speculative_blocks else config.answer_tokens,
         )
         self.arena.choose = self.checkpoints.choose
         self.pools[Kind.KV].kept = self.checkpoints.pages

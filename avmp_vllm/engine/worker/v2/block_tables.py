@@ -9,7 +9,7 @@ fills keep their addresses, as captured graphs need.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from avmp_kernels.resolve import PAD_SLOT, Resolver
@@ -32,15 +32,15 @@ class _Launch(NamedTuple):
 
 
 class ArenaBlockTables(BlockTables):
-    """vLLM's block tables, one group a pool, with what the group's kernels read.
+    """vLLM's block tables, of any number of groups, with what the group's kernels read.
 
     Args:
         stock: Tables of the sizes that vLLM chose; only their sizes are used.
         kinds: Pool of each cache group.
         page_table: The worker's page table.
         by_handle: Of each group, whether its kernels resolve handles themselves.
-        keep_rows: Whether to keep each request's physical SSM blocks by request slot as well as by
-            batch row. The state copies of prefix caching read them so.
+        keep_rows: Of each group, whether to keep each request's physical pages by request slot as
+            well as by batch row. The state copies of prefix caching read them so, and drafters.
 
     Attributes:
         kinds: Pool of each cache group.
@@ -53,7 +53,7 @@ class ArenaBlockTables(BlockTables):
         kinds: Sequence[Kind],
         page_table: DevicePageTable,
         by_handle: Sequence[bool],
-        keep_rows: bool,
+        keep_rows: Sequence[bool],
     ) -> None:
         super().__init__(
             block_sizes=stock.block_sizes,
@@ -64,7 +64,7 @@ class ArenaBlockTables(BlockTables):
             slot_mapping_enabled=stock._slot_mapping_enabled,
         )
         assert stock.cp_size == 1, "context parallelism is refused at start-up"
-        assert self.fused_writer is not None, "an arena has two groups"
+        assert self.fused_writer is not None, "an arena has a group for each pool"
         self.kinds = kinds
         self.handles = [table.gpu for table in self.block_tables]
         self._handle_ptrs = self.block_table_ptrs
@@ -79,13 +79,13 @@ class ArenaBlockTables(BlockTables):
                 for group, table in zip(groups, launch.resolver.block_tables, strict=True):
                     self.input_block_tables[group] = table
                 self._launches.append(launch)
-        # By request slot, everything under vLLM's names is physical. It is kept up for the SSM
-        # group alone, where it has a reader; the other table reads as null pages.
+        # By request slot, everything under vLLM's names is physical. It is kept up where it has a
+        # reader; the other tables read as null pages.
         for table in self.block_tables:
             table.gpu = torch.zeros_like(table.gpu)
         self._rows: list[tuple[int, torch.Tensor]] = []
-        for group, kind in enumerate(kinds):
-            if not keep_rows or kind is not Kind.SSM:
+        for group, keep in enumerate(keep_rows):
+            if not keep:
                 continue
             rows = self.input_block_tables[group]
             if by_handle[group]:
@@ -93,6 +93,7 @@ class ArenaBlockTables(BlockTables):
                 self._launches.append(launch)
                 (rows,) = launch.resolver.block_tables
             self._rows.append((group, rows))
+        self._has_all_rows = all(keep_rows)
         self.init_block_table_layout_tensors()
 
     def _launch(
@@ -141,10 +142,22 @@ class ArenaBlockTables(BlockTables):
             self.slot_mappings[:, : batch.num_tokens_after_padding],
         )
 
-    def gather_block_tables(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not offered: only context parallelism and speculative decoding call it by themselves."""
-        raise NotImplementedError("AVMP gathers block tables in resolve()")
+    def gather_block_tables(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        """For drafters, which call it between their steps; the batch's are made in ``resolve``.
 
-    def compute_slot_mappings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Not offered: only context parallelism and speculative decoding call it by themselves."""
-        raise NotImplementedError("AVMP computes slot mappings in resolve()")
+        Raises:
+            NotImplementedError: Physical pages are not kept by request slot.
+        """
+        if not self._has_all_rows:
+            raise NotImplementedError("AVMP gathers block tables in resolve()")
+        return super().gather_block_tables(*args, **kwargs)
+
+    def compute_slot_mappings(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """For drafters, as above.
+
+        Raises:
+            NotImplementedError: Physical pages are not kept by request slot.
+        """
+        if not self._has_all_rows:
+            raise NotImplementedError("AVMP computes slot mappings in resolve()")
+        return super().compute_slot_mappings(*args, **kwargs)

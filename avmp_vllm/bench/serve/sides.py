@@ -1,8 +1,8 @@
-"""Both servers of a scenario.
+"""The servers of a scenario: AVMP, stock vLLM at several settings, and one of these again.
 
-Both stay up, and one is driven at a time while the other waits for requests, which costs it
-nothing. So the two halves of a pair are seconds apart, and what else the machine does meets both.
-Which goes first alternates from round to round.
+All stay up, and one is driven at a time while the others wait for requests, which costs
+nothing. So the parts of a round are seconds apart, and what else the machine does meets all.
+The order alternates from round to round.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -20,17 +20,46 @@ from avmp_vllm.demo.neighbours import cpu_times, foreign_share
 from avmp_vllm.demo.server import Server, vllm_server
 
 AVMP, STOCK = "avmp", "stock"
-#: Side -> value of ``--block-manager``.
-SIDES = {AVMP: "avmp", STOCK: "default"}
+#: Setting of stock -> its options; all but the first concern prefix caching alone.
+STOCK_SETTINGS: dict[str, tuple[str, ...]] = {
+    STOCK: (),
+    "stock-dense": ("--prefix-cache-retention-interval", "None"),  # every state is kept
+    "stock-unit": ("--prefix-match-unit", "16"),
+}
+#: Behind a setting's name: a second server of it, as control.
+AGAIN = "-again"
+
+
+class Side(NamedTuple):
+    """One server: its block manager, and options that others do not have."""
+
+    manager: str
+    options: tuple[str, ...]
+
+
+def sides_of(settings: Sequence[str], control: str) -> dict[str, Side]:
+    """AVMP, stock at each setting, the control.
+
+    Args:
+        settings: Of ``STOCK_SETTINGS``.
+        control: One of them.
+    """
+    stock = {name: Side("default", STOCK_SETTINGS[name]) for name in settings}
+    return {AVMP: Side("avmp", ()), **stock, f"{control}{AGAIN}": stock[control]}
+
 
 #: Counter of ``/metrics`` -> name here.
 COUNTERS = {
     "vllm:num_preemptions_total": "preemptions",
+    "vllm:prefix_cache_queries_total": "prefix_tokens",
     "vllm:prefix_cache_hits_total": "prefix_hit_tokens",
     "vllm:avmp_migrations_total": "migrations",
     "vllm:avmp_relocated_bytes_total": "relocated_bytes",
     "vllm:avmp_evictions_total": "evictions",
+    "vllm:avmp_state_hits_total": "state_hits",
 }
+#: Prompts that began at a state inside of an answer.
+ANSWER_HITS = ("vllm:avmp_state_hits_total", "answer")
 
 
 def processor_seconds(pid: int) -> float:
@@ -48,18 +77,28 @@ def counters(server: Server) -> dict[str, float]:
     """Counters so far; those that a server does not have are left out."""
     metrics = server.metrics()
     values = {name: metrics.value(sample) for sample, name in COUNTERS.items()}
+    values["answer_hits"] = metrics.value(ANSWER_HITS[0], state=ANSWER_HITS[1])
     return {name: value for name, value in values.items() if value is not None}
 
 
 @contextlib.contextmanager
-def running_pair(
+def running(
     model: str,
+    sides: Mapping[str, Side],
     options: Sequence[str],
     environment: Mapping[str, str],
     logs: Path,
     timeout_s: float,
 ) -> Iterator[dict[str, Server]]:
-    """Start both servers together; stop them at the end.
+    """Start all servers together; stop them at the end.
+
+    Args:
+        model: Checkpoint or name.
+        sides: What each one has of its own.
+        options: Those of all.
+        environment: Variables added to this process's own.
+        logs: Folder for a log each.
+        timeout_s: Seconds for each to start.
 
     Raises:
         ServerError: One did not start.
@@ -67,12 +106,12 @@ def running_pair(
     made = {
         side: vllm_server(
             model,
-            block_manager=manager,
+            block_manager=own.manager,
             log=logs / f"{side}.log",
-            options=options,
+            options=[*options, *own.options],
             environment=environment,
         )
-        for side, manager in SIDES.items()
+        for side, own in sides.items()
     }
     with contextlib.ExitStack() as stack:
         for server in made.values():
@@ -84,12 +123,12 @@ def running_pair(
 
 def drive(
     server: Server, workload: Workload, model: str, seed: int, log: Path, goal: Goal | None
-) -> dict[str, Any]:
+) -> tuple[Round, dict[str, Any]]:
     """Drive one server for one round.
 
     Returns:
-        ``counts`` (of no clock), ``figures``, ``errors`` and ``foreign_share``, what other programs
-        took of the machine. Preemptions, prefix hits and
+        The round, and of it ``counts`` (of no clock), ``figures``, ``errors`` and
+        ``foreign_share``, what other programs took of the machine. Preemptions, prefix hits and
         migrations depend on when requests meet, so they are figures.
 
     Raises:
@@ -97,7 +136,7 @@ def drive(
     """
     server.check_alive()
     before, begin, spent = counters(server), cpu_times(), processor_seconds(server.pid)
-    found: Round = workload.drive(server.url, model, seed, log)
+    found = workload.drive(server.url, model, seed, log)
     server.check_alive()
     spent = processor_seconds(server.pid) - spent
     foreign, after = foreign_share(begin, cpu_times()), counters(server)
@@ -106,7 +145,9 @@ def drive(
     figures["cpu_ms_per_token"] = 1e3 * spent / max(counts["answer_tokens"], 1)
     for name, value in after.items():
         figures[name] = value - before.get(name, 0.0)
-    return {
+    if queried := figures.get("prefix_tokens"):
+        figures["hit_rate"] = figures.get("prefix_hit_tokens", 0.0) / queried
+    return found, {
         "counts": counts,
         "figures": figures,
         "errors": found.errors[:3],
