@@ -99,17 +99,25 @@ class ModelShape:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is one layout of attention and one of states, of two arrays."""
+        """Whether there is one layout of attention and one of states."""
         roles = [layer.role for layer in self.layers]
         return sorted(roles, key=list(Role).index) == [Role.SLOTS, Role.STATE]
 
-    def _state(self) -> LayerShape:
+    def require_plain(self) -> None:
+        """Refuse a model that the replays cannot follow.
+
+        Raises:
+            ShapeError: Naming what its layers keep.
+        """
         if not self.is_plain:
             kinds = ", ".join(layer.what for layer in self.layers)
             raise ShapeError(
                 f"{self.name}: its layers keep {kinds}; only models with one layout of attention "
                 "and one of states are replayed (`avmp plan` reads all)"
             )
+
+    def _state(self) -> LayerShape:
+        self.require_plain()
         return next(layer for layer in self.layers if layer.role is Role.STATE)
 
     # Of models with one layout of each kind, which the replays take; others are an error there.
@@ -117,7 +125,7 @@ class ModelShape:
     @property
     def kv_layers(self) -> int:
         """Attention layers of a plain model."""
-        self._state()
+        self.require_plain()
         return self.attention.layers
 
     @property
