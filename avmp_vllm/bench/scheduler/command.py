@@ -20,7 +20,8 @@ from avmp_vllm.bench.status import exit_status
 from avmp_vllm.bench.tables import table
 from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
-from avmp_vllm.planner.command import STATIC_RATIO, parse_bytes
+from avmp_vllm.planner.command import parse_bytes
+from avmp_vllm.planner.plan import STATIC_RATIO
 
 #: ``stock-dense`` is stock with every state kept, its best setting where conversations go on;
 #: ``avmp-inside`` is AVMP with layers that save states inside of a chunk (Mamba-1 on CPU, and with

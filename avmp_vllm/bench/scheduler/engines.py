@@ -181,8 +181,8 @@ def _specs(shape: ModelShape, settings: Settings) -> tuple[FullAttentionSpec, Ma
     )
     ssm = MambaSpec(
         block_size=CHECKPOINT_TOKENS if settings.prefix_caching else settings.max_model_len,
-        shapes=(shape.conv_shape, shape.state_shape),
-        dtypes=(_torch_dtype(shape.dtype), _torch_dtype(shape.state_dtype)),
+        shapes=tuple(part for part, _ in shape.state_parts),
+        dtypes=tuple(_torch_dtype(dtype) for _, dtype in shape.state_parts),
         mamba_cache_mode="align" if settings.prefix_caching else "none",
     )
     return kv, ssm

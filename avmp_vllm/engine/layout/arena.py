@@ -20,17 +20,15 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheS
 
 from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, PageGroup
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
-from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, ceil_div
+from avmp_vllm.core.geometry import BLOCK_ALIGNMENT
+from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, Layout, Role, place, round_up
 from avmp_vllm.engine.entry.config import ConfigError, selected
-from avmp_vllm.engine.layout.groups import Layers, Role, kind_of_spec, sort_layers
+from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
 from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages, refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-#: Pages, and layouts inside of them, start on this boundary (bytes), which covers every dtype.
-LAYOUT_ALIGNMENT = 16
 
 
 #: Bytes that surely hold a page of each kind, for what does not depend on them; never allocated.
@@ -126,8 +124,8 @@ def arena_config(
     try:
         geometry = Geometry(
             arena_bytes,
-            _round_up(max(map(_bytes, paged)), _page_alignment(paged)),
-            _round_up(_bytes(states), BLOCK_ALIGNMENT),
+            round_up(max(map(_bytes, paged)), _page_alignment(paged)),
+            round_up(_bytes(states), BLOCK_ALIGNMENT),
             slots.page_tokens,
             tuple(more),
         )
@@ -157,28 +155,26 @@ def arena_config(
     )
 
 
-def _round_up(value: int, unit: int) -> int:
-    return ceil_div(value, unit) * unit
-
-
 def _stride(table: Layers, spec: KVCacheSpec) -> int:
     """Bytes from one layer of a layout to the next."""
     unit = STATE_ALIGNMENT if table.role is Role.STATE else 1
-    return _round_up(spec.page_size_bytes, unit)
+    return round_up(spec.page_size_bytes, unit)
+
+
+def _layouts(table: Layers) -> list[Layout]:
+    return [Layout(_stride(table, spec), len(names)) for spec, names in table.layouts()]
 
 
 def _placed(table: Layers) -> Iterator[tuple[int, KVCacheSpec, list[str]]]:
     """Offset in the page, spec and layers of each layout."""
-    offset = 0
-    for spec, names in table.layouts():
+    offsets, _ = place(_layouts(table))
+    for offset, (spec, names) in zip(offsets, table.layouts(), strict=True):
         yield offset, spec, names
-        offset = _round_up(offset + len(names) * _stride(table, spec), LAYOUT_ALIGNMENT)
 
 
 def _bytes(table: Layers) -> int:
     """Bytes of a page of all layers of a block table."""
-    (*_, (offset, spec, names)) = _placed(table)
-    return offset + len(names) * _stride(table, spec)
+    return place(_layouts(table))[1]
 
 
 def _page_alignment(paged: list[Layers]) -> int:

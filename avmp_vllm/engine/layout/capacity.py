@@ -7,27 +7,29 @@ is what its planning functions answer for those sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
+    SparseCacheRole,
 )
 
 from avmp_vllm.core import Kind, PageGroup
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.core.tables import Role, round_up
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import (
-    Role,
     checkpoint_spacing,
     first_spec,
     group_of,
@@ -47,13 +49,17 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
     """Plan the same layers and bytes as stock vLLM does; None for layers that it cannot plan."""
     specs = kv_cache_config.layer_specs
     states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
-    slots = first_spec(group_of(kv_cache_config, Kind.KV).kv_cache_spec)
+    slots = _attention(specs)
     tokens = stock_block_tokens(
         slots.block_size,
         slots.page_size_bytes,
         max(state.page_size_bytes for state in states),
         _stock_unit(vllm_config, slots),
     )
+    config = selected(vllm_config.additional_config)
+    if config is not None and config.page_tokens is None:
+        # The page is what every backend takes, and stock's block is a multiple of that too.
+        tokens = round_up(tokens, slots.block_size)
     page = slots.page_size_bytes // slots.block_size * tokens
     aligned = vllm_config.cache_config.mamba_cache_mode == "align"
     inflated = {name: _inflated(name, spec, tokens, page, aligned) for name, spec in specs.items()}
@@ -76,6 +82,18 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
         ssm_groups=sum(isinstance(spec, MambaSpec) for spec in firsts),
         states=ceil_div(held.max_memory_usage_bytes(vllm_config), held.page_size_bytes),
         blocks=planned.num_blocks - 1,
+    )
+
+
+def _attention(specs: Mapping[str, KVCacheSpec]) -> AttentionSpec:
+    """The spec of the model's attention, by which stock vLLM sizes its block: no indexer's."""
+    return next(
+        spec
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec)
+        and role_of(name, spec) is Role.SLOTS
+        and spec.tokens_per_state == 1
+        and getattr(spec, "cache_role", None) is not SparseCacheRole.INDEXER
     )
 
 
