@@ -41,4 +41,4 @@ bench-%: setup ## run the benchmark NAME (BENCH_FLAGS=...); `.venv/bin/avmp benc
 
 .PHONY: clean
 clean: ## remove .venv and what the demo and the benchmarks wrote
-	rm -rf .venv .demo .bench
+	rm -rf .venv .demo .bench .vllm-source

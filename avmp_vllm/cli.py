@@ -44,6 +44,9 @@ BENCHMARKS: dict[str, Command] = {
     "memory": Command(
         "avmp_vllm.bench.memory.command", "what driver calls cost, and what each rule keeps backed"
     ),
+    "predict": Command(
+        "avmp_vllm.bench.predict.command", "how well answer lengths are forecast, on any trace"
+    ),
     "serve": Command("avmp_vllm.bench.serve.command", "AVMP and stock vLLM in turn, over HTTP"),
     "engine": Command(
         "avmp_vllm.bench.engine.command", "AVMP and stock vLLM as whole engines, stepped in turn"

@@ -31,6 +31,6 @@ include_patterns = [
 myst_heading_anchors = 4
 
 html_theme = "furo"
-html_title = f"AVMP {__version__} for vLLM {SUPPORTED_VLLM}"
+html_title = f"AVMP {__version__} for vLLM {' and '.join(SUPPORTED_VLLM)}"
 html_show_sphinx = False
 html_copy_source = False

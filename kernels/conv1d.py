@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from avmp_kernels.pages import PageTable, load_ssm_block, table_args
 from avmp_kernels.ragged import find_request, num_blocks, row_range
+from avmp_kernels.saves import ChunkSaves
 from avmp_kernels.state_update import check_supported, silu
 
 _TOKENS = 16  # tokens a prefill program works on: the width - 1 before them are read twice
@@ -128,6 +129,60 @@ def _prefill_kernel(
             tl.store(state + tap * state_tap, new.to(states.dtype.element_ty), mask=in_dim)
 
 
+@triton.jit(do_not_specialize=["num_saves", "num_kv", "num_ssm"])
+def _save_kernel(
+    states,
+    handles,
+    query_start_loc,
+    has_initial,
+    entries,
+    x,
+    save_tokens,
+    save_targets,
+    num_saves,
+    num_kv,
+    num_ssm,
+    dim,
+    state_block: tl.int64,
+    state_dim,
+    state_tap,
+    handle_stride,
+    x_row: tl.int64,
+    x_dim,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RESOLVE: tl.constexpr,
+):
+    save = tl.program_id(0)
+    request = save // num_saves
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    tokens = tl.load(save_tokens + save)
+    target = load_ssm_block(save_targets + save, entries, num_kv, num_ssm, tokens > 0, RESOLVE)
+    handle_at = handles + request * handle_stride
+    place = load_ssm_block(handle_at, entries, num_kv, num_ssm, tokens > 0, RESOLVE)
+    if (target <= 0) | (place <= 0):
+        return
+    past_dim = tl.where(tl.load(has_initial + request) != 0, dim, 0)
+    own = states + place.to(tl.int64) * state_block + channel * state_dim
+    saved = states + target.to(tl.int64) * state_block + channel * state_dim
+    x_at = x + tl.load(query_start_loc + request).to(tl.int64) * x_row + channel * x_dim
+    for tap in tl.static_range(WIDTH - 1):
+        origin = tokens + (tap - (WIDTH - 1))
+        fresh = tl.load(
+            x_at + origin.to(tl.int64) * x_row,
+            mask=channel < tl.where(origin >= 0, dim, 0),
+            other=0.0,
+        )
+        kept = tl.load(
+            own + (origin + (WIDTH - 1)) * state_tap,
+            mask=channel < tl.where(origin < 0, past_dim, 0),
+            other=0.0,
+        )
+        # One of the two is masked to zero.
+        new = fresh.to(tl.float32) + kept.to(tl.float32)
+        tl.store(saved + tap * state_tap, new.to(states.dtype.element_ty), mask=channel < dim)
+
+
 @triton.jit(do_not_specialize=["num_kv", "num_ssm"])
 def _update_kernel(
     out,
@@ -216,6 +271,7 @@ def causal_conv1d(
     bias: torch.Tensor | None = None,
     *,
     activation: bool = True,
+    saves: ChunkSaves | None = None,
     pages: PageTable | None = None,
 ) -> None:
     """Convolve the tokens of ragged requests, and keep each one's last inputs as its state.
@@ -233,12 +289,16 @@ def causal_conv1d(
         weight: ``[channels, width]``.
         bias: ``[channels]``, contiguous, or None.
         activation: Whether silu follows.
+        saves: States inside of the requests' rows that are written to blocks of their own, or None.
         pages: The page table.
 
     Raises:
         ValueError: If the shapes do not fit, or the states are of a type that is not taken.
     """
     dim, width = _checked(x, states, weight)
+    if saves is not None:
+        # First: some reach back into the states that the convolution is about to overwrite.
+        _save_inputs(states, handles, query_start_loc, has_initial, x, width, saves, pages)
     num_rows, num_requests = x.shape[0], query_start_loc.shape[0] - 1
     channels = min(triton.next_power_of_2(dim), 256)
     entries, num_kv, num_ssm = table_args(pages, handles)
@@ -270,6 +330,43 @@ def causal_conv1d(
         ACTIVATE=activation,
         RESOLVE=pages is not None,
         num_warps=8,
+    )
+
+
+def _save_inputs(
+    states: torch.Tensor,
+    handles: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    has_initial: torch.Tensor,
+    x: torch.Tensor,
+    width: int,
+    saves: ChunkSaves,
+    pages: PageTable | None,
+) -> None:
+    """Write the states inside of the requests' rows to their blocks; as for `causal_conv1d`."""
+    dim = x.shape[1]
+    channels = min(triton.next_power_of_2(dim), 512)
+    entries, num_kv, num_ssm = table_args(pages, handles)
+    _save_kernel[(saves.tokens.numel(), triton.cdiv(dim, channels))](
+        states,
+        handles,
+        query_start_loc,
+        has_initial.view(torch.uint8),
+        entries,
+        x,
+        saves.tokens,
+        saves.targets,
+        saves.tokens.shape[1],
+        num_kv,
+        num_ssm,
+        dim,
+        *states.stride(),
+        handles.stride(0),
+        *x.stride(),
+        WIDTH=width,
+        CHANNELS=channels,
+        RESOLVE=pages is not None,
+        num_warps=4,
     )
 
 

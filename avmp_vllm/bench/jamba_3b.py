@@ -28,6 +28,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from avmp_vllm.core.capacity import stock_block_tokens
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import arena_config
 from avmp_vllm.engine.layout.pages import CHECKPOINT_TOKENS
@@ -120,7 +121,7 @@ def managers(arena_bytes: int, prefix_caching: bool) -> dict[str, Side]:
         block_size=block if prefix_caching else MAX_MODEL_LEN,
         page_size_padded=stock_kv.page_size_bytes,
     )
-    (stock,) = kv_cache_utils.get_kv_cache_configs(
+    (stock,) = minors.stock_cache_configs(
         vllm_config, [_layers(stock_kv, stock_ssm)], [arena_bytes]
     )
 

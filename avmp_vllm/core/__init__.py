@@ -15,6 +15,10 @@ statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
 reuse          how soon a state is used again, learned from what has been used
 keeper         which states are worth their bytes: what is made, and what goes first
+tables         which layers share a block table, and how wide a page of several tables is
+caches         what a model's layers keep, and the arena that holds it
+capacity       how much fits into the same bytes, by stock vLLM's plan and others
+stock          stock vLLM's plan for layers of several layouts
 ============== ===========================================================================
 """
 
@@ -22,7 +26,7 @@ from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
 from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, PageGroup, SSMLayer
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
-from avmp_vllm.core.plan import Copy, MovePlan, Relocation
+from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
 
 __all__ = [
@@ -41,6 +45,7 @@ __all__ = [
     "PageGroup",
     "Relocation",
     "SSMLayer",
+    "Save",
     "Stage",
     "Statistics",
     "kind_of",

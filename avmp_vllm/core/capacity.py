@@ -5,9 +5,10 @@ Plain arithmetic, which the running engine's start-up log and ``avmp plan`` shar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from avmp_vllm.core.geometry import Geometry, KVLayer, PageGroup, SSMLayer, ceil_div
+from avmp_vllm.core.geometry import Geometry, PageGroup, ceil_div
 from avmp_vllm.core.handles import Kind
 
 #: An SSM layer's state starts on this boundary inside its block (bytes); covers every dtype.
@@ -36,17 +37,19 @@ class StockPlan:
         ssm_groups: Block tables of SSM layers.
         states: Blocks that a request holds in each SSM group.
         blocks: Usable blocks of its one pool: all but the null block.
+        block_bytes: Bytes of one block, as wide as the widest group; 0 if not asked for.
     """
 
     groups: tuple[PageGroup, ...]
     ssm_groups: int
     states: int
     blocks: int
+    block_bytes: int = 0
 
     @property
     def block_tokens(self) -> int:
-        """Tokens of an attention block."""
-        return self.groups[0].page_tokens
+        """Tokens of an attention block: of the first group with a slot for every token."""
+        return next(group.page_tokens for group in self.groups if group.most is None)
 
     @property
     def tables(self) -> int:
@@ -67,60 +70,24 @@ class StockPlan:
         return int((self.blocks + 1) / self.blocks_of(max_model_len) * max_model_len)
 
 
-def stock_groups(kv_layers: int, ssm_layers: int) -> tuple[int, int, int]:
-    """Split layers as vLLM's ``_get_kv_cache_groups_uniform_page_size`` does.
+def group_layers(counts: Sequence[int]) -> tuple[int, list[int]]:
+    """Split layouts as vLLM's ``_get_kv_cache_groups_uniform_page_size`` does.
+
+    Args:
+        counts: Layers of each layout.
 
     Returns:
-        Layers of a group, groups of attention layers, groups of SSM layers.
+        Layers of a group, and groups of each layout.
     """
-    few, many = sorted((kv_layers, ssm_layers))
+    few, many = min(counts), max(counts)
     size = many if many < few * 1.5 else few
-    return size, ceil_div(kv_layers, size), ceil_div(ssm_layers, size)
+    return size, [ceil_div(count, size) for count in counts]
 
 
-@dataclass(frozen=True)
-class Layers:
-    """One rank's layers, all of a kind alike.
-
-    Attributes:
-        kv_layers: Full-attention layers.
-        token_bytes: Bytes of one token in one of them.
-        ssm_layers: SSM layers.
-        state_bytes: Bytes of one sequence's state in one of them.
-    """
-
-    kv_layers: int
-    token_bytes: int
-    ssm_layers: int
-    state_bytes: int
-
-    def geometry(self, arena_bytes: int, page_tokens: int) -> Geometry:
-        """Geometry of an arena over these layers."""
-        state = ceil_div(self.state_bytes, STATE_ALIGNMENT) * STATE_ALIGNMENT
-        return Geometry.from_layers(
-            arena_bytes,
-            [KVLayer(self.token_bytes)] * self.kv_layers,
-            [SSMLayer(state)] * self.ssm_layers,
-            page_tokens,
-        )
-
-    def stock(self, arena_bytes: int, unit: int, states: int) -> StockPlan:
-        """Plan stock vLLM.
-
-        Args:
-            arena_bytes: Bytes for all blocks.
-            unit: Tokens that its block must be a multiple of.
-            states: Blocks that a request holds in each SSM group.
-        """
-        block = stock_block_tokens(1, self.token_bytes, self.state_bytes, unit)
-        size, kv, ssm = stock_groups(self.kv_layers, self.ssm_layers)
-        blocks = arena_bytes // (size * block * self.token_bytes)
-        return StockPlan((PageGroup(block),) * kv, ssm, states, max(blocks - 1, 0))
-
-    def sequence_bytes(self, tokens: int, states: int) -> int:
-        """Bytes of a sequence with neither pages nor padding."""
-        kv = tokens * self.kv_layers * self.token_bytes
-        return kv + states * self.ssm_layers * self.state_bytes
+def stock_groups(kv_layers: int, ssm_layers: int) -> tuple[int, int, int]:
+    """Layers of a group, groups of attention layers, groups of SSM layers."""
+    size, (kv, ssm) = group_layers((kv_layers, ssm_layers))
+    return size, kv, ssm
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ much as one that did.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable
+from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -275,15 +275,17 @@ class StateKeeper:
 
     # -- making ------------------------------------------------------------------------------------
 
-    def stops(self, prompt: int, hit: int, junction: int, turns: int, inside: int = 0) -> Stops:
-        """Which states a prompt is worth being cut for.
+    def stops(
+        self, prompt: int, hit: int, junction: int, turns: int, uncut: Container[int] = ()
+    ) -> Stops:
+        """Which states in the middle of a prompt are worth being made.
 
         Args:
             prompt: Its tokens.
             hit: Tokens that it need not compute.
             junction: Where it leaves pages that are known, beyond the hit; 0 if it does not.
             turns: States that came before its own in its conversation.
-            inside: Position of a state that can be saved without a cut; 0 if there is none.
+            uncut: Positions of states that can be saved without a cut.
         """
         page = self._page_tokens
         tail = (prompt - 1) // page * page
@@ -297,7 +299,7 @@ class StateKeeper:
         for position, origin in sorted(candidates.items()):
             if not last < position < prompt:
                 continue
-            if self.pays(origin, turns, position - last, position != inside, position):
+            if self.pays(origin, turns, position - last, position not in uncut, position):
                 stops.made[position] = origin
                 last = position
             else:

@@ -3,6 +3,7 @@
 The order is part of the meaning: relocations as listed, with the page table written as they go;
 then zeroing; then copy-on-write. A relocation's source may be an earlier one's destination, and the
 two kinds of page share bytes, so copies may only be reordered where their byte ranges allow it.
+States inside of a chunk are saved by the forward pass itself.
 """
 
 from __future__ import annotations
@@ -39,6 +40,21 @@ class Copy(NamedTuple):
     target: int
 
 
+class Save(NamedTuple):
+    """Save a state inside of a request's chunk, in the pass that computes the chunk.
+
+    Attributes:
+        running: Handle of the block that the chunk leaves its last state in, by which the chunk is
+            known: no two of a step leave theirs in the same.
+        target: Handle of the block that gets the state.
+        tokens: Of the chunk that the state covers; fewer than the chunk has, and at least one.
+    """
+
+    running: int
+    target: int
+    tokens: int
+
+
 @dataclass
 class MovePlan:
     """One step's plan.
@@ -50,6 +66,8 @@ class MovePlan:
         copies: Copy-on-write pairs.
         digest: Under verification, the known handles of each pool and the page table's checksum
             after this plan, which the worker compares with its own copy.
+        saves: States that the step's forward pass leaves inside of its chunks; of each chunk in
+            ascending order.
         stages: In an elastic arena, what must have memory *before*: one stage for each part of the
             relocations, the last one for what follows them too. Empty if the plan before left just
             what this one needs, before and after.
@@ -61,5 +79,6 @@ class MovePlan:
     zeros: list[int] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
     digest: tuple[tuple[int, int], int] | None = None
+    saves: list[Save] = field(default_factory=list)
     stages: tuple[Stage, ...] = ()
     after: Extents | None = None

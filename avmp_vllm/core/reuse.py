@@ -101,6 +101,9 @@ class ReuseRates:
         self._families: dict[tuple[str, bool], _Counts] = {}
         self._classes: dict[Class, _Counts] = {}
         self._prospects: dict[Class, _Prospects] = {}
+        #: Hazards of families, and under None of all states, as of the epoch below.
+        self._borrowed: dict[tuple[str, bool] | None, list[float]] = {}
+        self._borrowed_in = -1
         # Old counts are not scaled down; new ones are scaled up.
         self._weight = 1.0
         self._growth = 2.0 ** (1 / HALF_LIFE)
@@ -160,18 +163,26 @@ class ReuseRates:
         A bin in which nothing was seen says nothing, but the others tell whether there are more
         reuses than was thought, or fewer.
         """
-        hazards = _FIRST_GUESSES
-        for counts, strength in zip(self._counts(cls), _STRENGTHS, strict=True):
-            prior = strength * self._weight
-            expected = sum(map(operator.mul, counts.waited, hazards))
-            level = (sum(counts.reuses) + prior) / (expected + prior)
-            hazards = [
-                (reuses + prior) / (waited + prior / (hazard * level))
-                for reuses, waited, hazard in zip(
-                    counts.reuses, counts.waited, hazards, strict=True
-                )
-            ]
-        return hazards
+        every, family, own = self._counts(cls)
+        # What classes borrow is reckoned once an epoch.
+        if self._borrowed_in != self.epoch:
+            self._borrowed = {None: self._posterior(_FIRST_GUESSES, every, _STRENGTHS[0])}
+            self._borrowed_in = self.epoch
+        borrowed = self._borrowed.get(cls.family)
+        if borrowed is None:
+            borrowed = self._posterior(self._borrowed[None], family, _STRENGTHS[1])
+            self._borrowed[cls.family] = borrowed
+        return self._posterior(borrowed, own, _STRENGTHS[2])
+
+    def _posterior(self, hazards: list[float], counts: _Counts, strength: float) -> list[float]:
+        """What is thought of the hazards of each bin, once these counts have been seen."""
+        prior = strength * self._weight
+        expected = sum(map(operator.mul, counts.waited, hazards))
+        level = (sum(counts.reuses) + prior) / (expected + prior)
+        return [
+            (reuses + prior) / (waited + prior / (hazard * level))
+            for reuses, waited, hazard in zip(counts.reuses, counts.waited, hazards, strict=True)
+        ]
 
 
 def _indices(hazards: list[float]) -> list[float]:

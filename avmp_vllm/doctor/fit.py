@@ -169,10 +169,12 @@ def _sequences(vllm_config: VllmConfig, config: AVMPCacheConfig) -> Iterator[Che
     stock = capacity.plan_stock(vllm_config, config)
     longest = vllm_config.model_config.max_model_len
     for tokens in dict.fromkeys(min(length, longest) for length in (256, 4096, longest)):
-        fit, of_stock = geometry.sequences(tokens, states), stock.sequences(tokens)
+        fit = geometry.sequences(tokens, states)
+        of_stock = stock.sequences(tokens) if stock else None
         yield ok(
             "fits",
-            f"sequences of {tokens:,} tokens: {fit:,} (stock vLLM: {of_stock:,})",
+            f"sequences of {tokens:,} tokens: {fit:,} (stock vLLM: "
+            f"{'cannot plan it' if of_stock is None else f'{of_stock:,}'})",
             tokens=tokens,
             sequences=fit,
             stock_sequences=of_stock,

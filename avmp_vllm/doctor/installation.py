@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import NamedTuple
 
 from avmp_vllm.doctor.check import Check, fail, ok, one_line, warn
-from avmp_vllm.version import SUPPORTED_VLLM, __version__
+from avmp_vllm.version import SUPPORTED_VLLM, SUPPORTED_VLLM_TEXT, __version__, minor_of
 
 GIB = 1 << 30
 INSTALL = "in a clone: `make setup`, or pip install '.[cuda]' ('.[cpu]' where there is no GPU)"
@@ -92,11 +92,11 @@ def check_vllm() -> Check:
     found = vllm_version()
     if not found:
         return fail("vllm", "not installed", INSTALL)
-    if found.split("+")[0].split(".")[:2] != SUPPORTED_VLLM.split("."):
+    if minor_of(found) not in SUPPORTED_VLLM:
         return fail(
             "vllm",
-            f"{found}, and AVMP {__version__} works with {SUPPORTED_VLLM}.x",
-            f"install vLLM {SUPPORTED_VLLM}.x ({INSTALL}), or the avmp-vllm release for {found}",
+            f"{found}, and AVMP {__version__} works with {SUPPORTED_VLLM_TEXT}",
+            f"install vLLM {SUPPORTED_VLLM_TEXT} ({INSTALL}), or the avmp-vllm release for {found}",
             version=found,
         )
     if not installed("vllm"):
@@ -189,19 +189,23 @@ def check_plugin() -> Check:
 
 def check_seams() -> Iterator[Check]:
     """The places of vLLM that AVMP wraps or overrides; a check for each that has drifted."""
-    from avmp_vllm.doctor.drift import OVERRIDDEN, all_seams, drifted
+    from avmp_vllm.doctor.drift import all_seams, drifted
+    from avmp_vllm.doctor.overridden import OVERRIDDEN
+    from avmp_vllm.doctor.source import SourceTree
 
+    found = minor_of(vllm_version())
+    minor = found if found in SUPPORTED_VLLM else SUPPORTED_VLLM[-1]
     try:
-        problems = drifted()
-    except Exception as error:  # importing vLLM's modules may raise anything
+        problems = drifted(SourceTree.installed(), minor)
+    except Exception as error:  # a broken installation may raise anything
         yield fail("seams", f"cannot be looked at: {one_line(error)}", INSTALL)
         return
     for problem in problems:
-        yield fail("seams", problem, f"install a release of vLLM {SUPPORTED_VLLM}, unchanged")
+        yield fail("seams", problem, f"install a release of vLLM {SUPPORTED_VLLM_TEXT}, unchanged")
     if not problems:
+        wrapped = len(all_seams(minor))
         yield ok(
-            "seams",
-            f"{len(all_seams())} wrapped, {len(OVERRIDDEN)} overridden functions are as expected",
+            "seams", f"{wrapped} wrapped, {len(OVERRIDDEN)} overridden functions are as expected"
         )
 
 

@@ -82,11 +82,13 @@ def _parse(words: Sequence[str]) -> tuple[EngineArgs, dict[str, Any]]:
         ValueError: With the parser's message.
     """
     from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    from avmp_vllm.engine.entry import minors
+
     parser = FlexibleArgumentParser(prog="vllm")
-    make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
+    serve = minors.serve_arguments()
+    serve.make_arg_parser(parser.add_subparsers(dest="subparser").add_parser("serve"))
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
         try:
@@ -95,7 +97,7 @@ def _parse(words: Sequence[str]) -> tuple[EngineArgs, dict[str, Any]]:
             message = said.getvalue().strip().rpartition("error: ")[2]
             raise ValueError(message or "the parser ended") from None
     try:
-        validate_parsed_serve_args(args)
+        serve.validate_parsed_serve_args(args)
     except TypeError as error:
         raise ValueError(str(error)) from None
     if args.model_tag:

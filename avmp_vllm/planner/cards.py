@@ -26,6 +26,23 @@ CARDS: dict[str, int] = {
     "h100": 80,
     "h200": 141,
 }
+#: Major number of their compute capability, by which vLLM chooses the attention backend.
+GENERATIONS: dict[str, int] = {
+    "rtx3060": 8,
+    "rtx3090": 8,
+    "rtx4060ti-16gb": 8,
+    "rtx4080": 8,
+    "rtx4090": 8,
+    "rtx5090": 12,
+    "t4": 7,
+    "l4": 8,
+    "a10": 8,
+    "l40s": 8,
+    "a100-40gb": 8,
+    "a100-80gb": 8,
+    "h100": 9,
+    "h200": 9,
+}
 #: Share of the card that vLLM 0.32 uses by default (``--gpu-memory-utilization``).
 UTILIZATION = 0.92
 #: Bytes kept for activations, graphs and the runtime; a round figure, not a measurement.

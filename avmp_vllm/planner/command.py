@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from avmp_vllm.core import ArenaTooSmall, Geometry, Kind
-from avmp_vllm.core.capacity import Layers, StaticSplit, StockPlan, binding_pool
-from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.core import ArenaTooSmall, Kind
+from avmp_vllm.core.capacity import binding_pool
+from avmp_vllm.core.tables import Role
 from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
-from avmp_vllm.planner.cards import CARDS, RESERVE, budget
-
-#: SGLang's default split, bytes of states to bytes of KV.
-STATIC_RATIO = 0.9
-#: Stock vLLM 0.32 rounds the block of a hybrid model with a latent cache to this (CUDA's MLA
-#: kernels want it; Platform._align_hybrid_block_size).
-LATENT_UNIT = 128
+from avmp_vllm.planner.backends import BACKENDS, LATENT_BACKENDS, SPARSE_BACKENDS
+from avmp_vllm.planner.cards import CARDS, GENERATIONS, RESERVE, budget
+from avmp_vllm.planner.plan import STEP_TOKENS, Plan, make_plan
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(|[kmgt]i?)b?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -48,89 +45,6 @@ def parse_lengths(text: str) -> list[int]:
     return lengths
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Everything that a plan prints.
-
-    Attributes:
-        layers: The model's, per rank.
-        geometry: Of AVMP's arena.
-        stock: Stock vLLM on the same bytes.
-        static: Two pools with a fixed split on the same bytes.
-        states: States that a sequence holds: one, or two with prefix caching, as vLLM reckons.
-        max_model_len: Longest sequence, for vLLM's own figure.
-    """
-
-    layers: Layers
-    geometry: Geometry
-    stock: StockPlan
-    static: StaticSplit
-    states: int
-    max_model_len: int
-
-    def limit(self, tokens: int) -> int:
-        """Sequences that fit if bytes were shared without any granularity."""
-        return self.geometry.arena_bytes // self.layers.sequence_bytes(tokens, self.states)
-
-    def sequences(self, tokens: int) -> dict[str, int]:
-        """Sequences of so many tokens that fit, by variant."""
-        return {
-            "stock": self.stock.sequences(tokens),
-            "static": self.static.sequences(tokens, self.states),
-            "AVMP": self.geometry.sequences(tokens, self.states),
-            "limit": self.limit(tokens),
-        }
-
-    @property
-    def stock_padding(self) -> float:
-        """Bytes of padding to each byte of state under stock."""
-        page = self.stock.block_tokens * self.layers.token_bytes
-        return page / self.layers.state_bytes - 1
-
-
-def make_plan(
-    shape: ModelShape,
-    arena_bytes: int,
-    *,
-    kv_dtype: str = "auto",
-    page_tokens: int = 16,
-    stock_unit: int | None = None,
-    prefix_caching: bool = True,
-    static_ratio: float = STATIC_RATIO,
-    max_model_len: int | None = None,
-) -> Plan:
-    """Plan a model.
-
-    Args:
-        shape: The model.
-        arena_bytes: Bytes for the cache.
-        kv_dtype: Of the attention cache; ``auto`` is the model's.
-        page_tokens: Tokens of AVMP's page.
-        stock_unit: Tokens that stock's block is a multiple of: 16 on CUDA, or 128 with a latent
-            cache; 128 on CPU.
-        prefix_caching: Whether a sequence holds two states.
-        static_ratio: State bytes to KV bytes of the static split.
-        max_model_len: Longest sequence; the model's own by default.
-
-    Raises:
-        ArenaTooSmall: Not even one page of each kind fits.
-    """
-    layers = Layers(
-        shape.kv_layers, shape.token_bytes(kv_dtype), shape.ssm_layers, shape.state_bytes
-    )
-    geometry = layers.geometry(arena_bytes, page_tokens)
-    states = 2 if prefix_caching else 1
-    unit = stock_unit or (LATENT_UNIT if shape.latent else 16)
-    return Plan(
-        layers,
-        geometry,
-        layers.stock(arena_bytes, unit, states),
-        StaticSplit(geometry, static_ratio),
-        states,
-        max_model_len or shape.max_model_len,
-    )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model", metavar="MODEL", help="config.json, model folder, or hub name")
@@ -139,58 +53,106 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", type=parse_lengths, default=parse_lengths("64,256,1k,4k,32k"))
     parser.add_argument("--kv-dtype", default="auto", help="of the attention cache, such as fp8")
     parser.add_argument("--state-dtype", default="auto", help="of the SSM state, such as float32")
-    parser.add_argument("--page-tokens", type=int, default=16, help="32 on vLLM's CPU backend")
+    parser.add_argument("--page-tokens", type=int, help="instead of the backend's smallest page")
     parser.add_argument(
-        "--stock-unit",
-        type=int,
-        help="stock's block is a multiple of this: 16, with a latent cache 128 (CUDA), 128 (CPU)",
+        "--backend",
+        choices=[*BACKENDS, *LATENT_BACKENDS, *SPARSE_BACKENDS],
+        metavar="NAME",
+        help="attention backend, such as FLASHMLA or CPU_ATTN; by default what the card gets",
+    )
+    parser.add_argument(
+        "--stock-unit", type=int, help="stock's block is a multiple of this, whatever the backend"
     )
     parser.add_argument("--max-model-len", type=int, help="for vLLM's own capacity figure")
+    parser.add_argument(
+        "--step-tokens",
+        type=int,
+        default=STEP_TOKENS,
+        help=f"tokens in flight, which bound the pages of a window ({STEP_TOKENS:,})",
+    )
     parser.add_argument(
         "--no-prefix-caching", action="store_true", help="one state a sequence, not two"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file, for `avmp plot`")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--parameters", type=float, help="with --gpu: parameters, such as 3e9")
     parser.add_argument("--weight-dtype", default="auto", help="with --gpu: such as fp8")
     parser.add_argument("--reserve", type=parse_bytes, default=RESERVE, help="with --gpu (1GiB)")
 
 
-def _print_sizes(console: Console, shape: ModelShape, plan: Plan, caching: bool) -> None:
-    geometry, layers, stock = plan.geometry, plan.layers, plan.stock
-    console.print(
-        f"{shape.name} ({shape.model_type}): {layers.kv_layers} attention layers of "
-        f"{layers.token_bytes:,} bytes a token, {layers.ssm_layers} SSM layers of "
-        f"{layers.state_bytes:,} bytes a state"
-    )
+def _print_layers(console: Console, shape: ModelShape, plan: Plan) -> None:
+    console.print(f"{shape.name} ({shape.model_type}):")
+    for layer, cache in zip(shape.layers, plan.layers.caches, strict=True):
+        console.print(
+            f"  {layer.layers} x {layer.what}, {layer.role.value}: {cache.entry_bytes:,} bytes "
+            + _entry(layer.role, cache.entry_tokens)
+        )
     for note in (f"source: {shape.source}" if shape.source else "", *shape.assumed):
         if note:
             console.print(f"  {'' if note.startswith('source') else 'assumed: '}{note}")
+    assumed = plan.assumed
+    console.print(
+        f"attention backend: {assumed.backend.name} ({assumed.why}), pages of a multiple of "
+        f"{assumed.page_tokens:,} tokens"
+    )
+
+
+def _entry(role: Role, tokens: int) -> str:
+    if role is Role.STATE:
+        return "a state"
+    if role is Role.RING:
+        return "an entry"
+    return "a token" if tokens == 1 else f"for {tokens} tokens"
+
+
+def _print_sizes(console: Console, plan: Plan, caching: bool) -> None:
+    geometry, stock = plan.geometry, plan.stock
     table = Table(title=f"{geometry.arena_bytes:,} bytes for the cache")
     for column in ("", "stock vLLM", f"static {plan.static.ratio:g}", "AVMP"):
         table.add_column(column, justify="left" if not column else "right")
-    exact = f"{geometry.page_bytes:,}"
-    size = stock.block_tokens * layers.token_bytes
-    per_group = ceil_div(layers.kv_layers, len(stock.groups))
-    table.add_row(
-        "tokens of a KV block", f"{stock.block_tokens:,}", *[str(geometry.page_tokens)] * 2
-    )
-    table.add_row("bytes of a KV page", f"{size * per_group:,} (one group)", exact, exact)
-    state = f"{geometry.block_bytes:,}"
-    padded = f"{size * layers.ssm_layers:,} (+{plan.stock_padding:.1%})"
-    table.add_row("bytes of one state, all layers", padded, state, state)
-    table.add_row("block tables", str(stock.tables), "2", "2")
-    table.add_row("blocks", f"{stock.blocks:,}", "", "")
-    table.add_row("KV pages at most", "", f"{plan.static.pages:,}", f"{geometry.page_limit:,}")
-    table.add_row("SSM blocks at most", "", f"{plan.static.blocks:,}", f"{geometry.block_limit:,}")
-    hits = (
-        (f"{stock.block_tokens:,}", f"{geometry.page_tokens}", f"{geometry.page_tokens}")
-        if caching
-        else ("off",) * 3
-    )
-    table.add_row("prefix hits land on (tokens)", *hits)
-    if caching:
-        kept = (f"every {stock.block_tokens:,} tokens", *["by its worth"] * 2)
-        table.add_row("a state is kept", *kept)
+
+    def row(name: str, of_stock: str | None, *others: str) -> None:
+        table.add_row(name, "-" if of_stock is None else of_stock, *others)
+
+    exact, state = f"{geometry.page_bytes:,}", f"{geometry.block_bytes:,}"
+    block = stock and f"{stock.block_tokens:,}"
+    padding = plan.stock_padding
+    padded = None if padding is None else f"{plan.stock_state_bytes:,} (+{padding:.1%})"
+    row("tokens of a KV block", block, *[str(geometry.page_tokens)] * 2)
+    row("bytes of a KV page", stock and f"{stock.block_bytes:,} (one group)", exact, exact)
+    row("bytes of one state, all layers", padded, state, state)
+    tables = str(len(plan.tables) + 1)
+    row("block tables", stock and str(stock.tables), tables, tables)
+    row("blocks", stock and f"{stock.blocks:,}", "", "")
+    row("KV pages at most", "", f"{plan.static.pages:,}", f"{geometry.page_limit:,}")
+    row("SSM blocks at most", "", f"{plan.static.blocks:,}", f"{geometry.block_limit:,}")
+    if not caching:
+        row("prefix hits land on (tokens)", *("off",) * 3)
+    else:
+        row("prefix hits land on (tokens)", block, *[str(geometry.page_tokens)] * 2)
+        kept = stock and f"every {stock.block_tokens:,} tokens"
+        row("a state is kept", kept, *["by its worth"] * 2)
+    console.print(table)
+
+
+def _print_tables(console: Console, plan: Plan) -> None:
+    """AVMP's block tables, where there are more than one a pool."""
+    if len(plan.tables) == 1:
+        return
+    table = Table(title="AVMP's block tables")
+    for column in ("a request holds", "layers", "tokens a page", "pages", "bytes used of a page"):
+        table.add_column(column, justify="left" if column.startswith("a ") else "right")
+    for one in plan.tables:
+        most = "one each" if one.group.most == 1 else f"{one.group.most} at most"
+        table.add_row(
+            one.role.value,
+            str(one.layers),
+            f"{one.group.page_tokens:,}",
+            "by length" if one.group.most is None else most,
+            f"{one.page_bytes:,}",
+        )
+    states = sum(cache.layers for cache in plan.layers.states)
+    table.add_row(Role.STATE.value, str(states), "", "", f"{plan.layers.state_bytes:,}")
     console.print(table)
 
 
@@ -204,15 +166,58 @@ def _print_capacity(console: Console, plan: Plan, lengths: list[int]) -> None:
     table.add_column("most")
     for tokens in lengths:
         fit = plan.sequences(tokens)
-        best = max(fit["stock"], fit["static"], fit["AVMP"])
+        real = {name: fit[name] or 0 for name in ("stock", "static", "AVMP")}
         table.add_row(
             f"{tokens:,}",
-            *(f"{count:,} / {count * tokens:,}" for count in fit.values()),
+            *("-" if n is None else f"{n:,} / {n * tokens:,}" for n in fit.values()),
             plan.static.binding(tokens, plan.states).name,
             binding_pool(plan.geometry, tokens, plan.states).name,
-            ", ".join(name for name, count in list(fit.items())[:3] if count == best),
+            ", ".join(name for name, count in real.items() if count == max(real.values())),
         )
     console.print(table)
+
+
+def _as_json(shape: ModelShape, plan: Plan, lengths: list[int]) -> dict[str, Any]:
+    """The plan for machines."""
+    geometry, stock = plan.geometry, plan.stock
+    return {
+        "model": shape.name,
+        "model_type": shape.model_type,
+        "arena_bytes": geometry.arena_bytes,
+        "states": plan.states,
+        "backend": plan.assumed.backend.name,
+        "backend_why": plan.assumed.why,
+        "layers": [
+            {
+                "kind": layer.what,
+                "role": layer.role.name.lower(),
+                "layers": layer.layers,
+                "entry_bytes": cache.entry_bytes,
+                "entry_tokens": cache.entry_tokens,
+            }
+            for layer, cache in zip(shape.layers, plan.layers.caches, strict=True)
+        ],
+        "page_bytes": geometry.page_bytes,
+        "block_bytes": geometry.block_bytes,
+        "tables": [
+            {
+                "role": one.role.name.lower(),
+                "layers": one.layers,
+                "page_tokens": one.group.page_tokens,
+                "most_pages": one.group.most,
+                "bytes": one.page_bytes,
+            }
+            for one in plan.tables
+        ],
+        "stock": stock
+        and {
+            "block_tokens": stock.block_tokens,
+            "block_bytes": stock.block_bytes,
+            "tables": stock.tables,
+            "blocks": stock.blocks,
+        },
+        "fits": [{"tokens": tokens} | plan.sequences(tokens) for tokens in lengths],
+    }
 
 
 def _write(path: Path, shape: ModelShape, plan: Plan, lengths: list[int]) -> None:
@@ -233,7 +238,7 @@ def _write(path: Path, shape: ModelShape, plan: Plan, lengths: list[int]) -> Non
             "tokens": lengths,
             "sequences": [plan.sequences(tokens) for tokens in lengths],
             "page_tokens": plan.geometry.page_tokens,
-            "stock_block_tokens": plan.stock.block_tokens,
+            "stock_block_tokens": plan.stock and plan.stock.block_tokens,
         },
         "timings": {},
     }
@@ -246,7 +251,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         shape = read_shape(args.model).with_state_dtype(args.state_dtype)
         console = Console(
-            soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 160
+            soft_wrap=True,
+            highlight=False,
+            width=None if sys.stdout.isatty() else 160,
+            quiet=args.json,
         )
         if (args.memory is None) == (args.gpu is None):
             raise ShapeError("give either --memory or --gpu")
@@ -263,11 +271,26 @@ def run(args: argparse.Namespace) -> int:
             stock_unit=args.stock_unit,
             prefix_caching=not args.no_prefix_caching,
             max_model_len=args.max_model_len,
+            step_tokens=args.step_tokens,
+            backend=args.backend,
+            generation=GENERATIONS.get(args.gpu),
         )
     except (ShapeError, ArenaTooSmall) as error:
         print(f"avmp plan: error: {error}", file=sys.stderr)
         return 2
-    _print_sizes(console, shape, plan, not args.no_prefix_caching)
+    if args.json:
+        print(json.dumps(_as_json(shape, plan, args.lengths), indent=1))
+    else:
+        _print(console, shape, plan, args)
+    if args.output:
+        _write(args.output, shape, plan, args.lengths)
+    return 0
+
+
+def _print(console: Console, shape: ModelShape, plan: Plan, args: argparse.Namespace) -> None:
+    _print_layers(console, shape, plan)
+    _print_sizes(console, plan, not args.no_prefix_caching)
+    _print_tables(console, plan)
     _print_capacity(console, plan, args.lengths)
     if not args.no_prefix_caching:
         warm = ", ".join(
@@ -277,12 +300,15 @@ def run(args: argparse.Namespace) -> int:
             f"AVMP keeps warm, while nothing runs, conversations of so many tokens: {warm} "
             "(each a state and its pages)"
         )
-    logged = plan.stock.logged_tokens(plan.max_model_len)
-    console.print(
-        f"stock vLLM would log: KV cache size: {logged:,} tokens "
-        f"(for {plan.max_model_len:,} tokens a request)"
-    )
-    usable = plan.geometry.page_limit * plan.geometry.page_tokens
+    if plan.stock is None:
+        console.print("stock vLLM: its rules have no plan for these layers")
+    else:
+        logged = plan.stock.logged_tokens(plan.max_model_len)
+        console.print(
+            f"stock vLLM would log: KV cache size: {logged:,} tokens "
+            f"(for {plan.max_model_len:,} tokens a request)"
+        )
+    usable = plan.geometry.longest(0)
     console.print(
         f"AVMP at most: {usable:,} tokens if no state is live; no split is fixed, "
         f"{Kind.KV.name} and {Kind.SSM.name} share every byte"
@@ -291,10 +317,3 @@ def run(args: argparse.Namespace) -> int:
         "static: AVMP's exact pages under SGLang's default split (state : KV bytes); "
         "SGLang's own page sizes and prefix granularity may differ"
     )
-    if shape.latent:
-        console.print(
-            "AVMP's engine does not serve latent (MLA) caches yet; the plan is arithmetic"
-        )
-    if args.output:
-        _write(args.output, shape, plan, args.lengths)
-    return 0

@@ -21,6 +21,7 @@ PICTURES = {
     "scheduler": ("avmp_vllm.plots.ratios", "draw_scheduler"),
     "prefix": ("avmp_vllm.plots.prefix", "draw"),
     "memory": ("avmp_vllm.plots.memory", "draw"),
+    "predict": ("avmp_vllm.plots.predict", "draw"),
     "plan": ("avmp_vllm.plots.capacity", "draw"),
     "paper": ("avmp_vllm.plots.paper", "draw"),
 }

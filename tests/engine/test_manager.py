@@ -67,6 +67,7 @@ class Driver:
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
         checkpoints: Whether the layers save a state in the middle of a prefill, as Mamba-2 on CUDA.
+        anywhere: Whether they save states at any position of it, as Mamba-1 on the CPU.
         retention: ``--prefix-cache-retention-interval``.
         ahead: Steps that are scheduled before the output of the first of them arrives.
         budget: Tokens of a step.
@@ -83,6 +84,7 @@ class Driver:
         batch: int = 1,
         growth: int = 64,
         checkpoints: bool = False,
+        anywhere: bool = False,
         retention: int | None = 0,
         ahead: int = 0,
         budget: int = 256,
@@ -120,7 +122,7 @@ class Driver:
             mamba_type=MambaAttentionBackendEnum.MAMBA1,
             mamba_cache_mode="align" if caching else "none",
             num_prefill_checkpoint_blocks=int(checkpoints),
-            prefill_checkpoint_alignment=1 if checkpoints else None,
+            prefill_checkpoint_alignment=1 if checkpoints or anywhere else None,
         )
         jamba = {f"layers.{i}": kv if i % 4 == 2 else ssm for i in range(8)}
         worker_cache = arena_config(config, family or jamba, arena_bytes)
@@ -322,10 +324,10 @@ def test_a_request_that_fills_the_arena_is_not_requeued_for_ever(model: str, cac
 
 
 @pytest.mark.parametrize("retention", [0, None, 2 * CHECKPOINT_TOKENS])
-@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("layers", ["cut", "checkpoints", "anywhere"])
 @pytest.mark.parametrize("short_of", [0, 1])
 def test_the_smallest_arena_serves_the_longest_request(
-    model: str, checkpoints: bool, short_of: int, retention: int | None
+    model: str, layers: str, short_of: int, retention: int | None
 ) -> None:
     """What start-up asks for is what a request holds at most: alone, none is ever preempted.
 
@@ -333,6 +335,7 @@ def test_the_smallest_arena_serves_the_longest_request(
     up first. Where only the prompt's own is saved, that is enough.)
     """
     page, block = 2 * 16_384, 6 * 19_456
+    checkpoints = layers == "checkpoints"
     states = 3 + checkpoints
     least = (1 + states - short_of) * block + MAX_MODEL_LEN // PAGE_TOKENS * page
     driver = Driver(
@@ -341,6 +344,7 @@ def test_the_smallest_arena_serves_the_longest_request(
         True,
         AVMPAsyncScheduler,
         checkpoints=checkpoints,
+        anywhere=layers == "anywhere",
         retention=retention,
         ahead=1,
     )

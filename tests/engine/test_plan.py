@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 from enginelib import engine, scheduler_of
@@ -11,18 +13,19 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 from avmp_vllm.cli import main
 from avmp_vllm.engine.layout.capacity import describe
 from avmp_vllm.models.shapes import read_shape
-from avmp_vllm.planner.command import make_plan, parse_bytes, parse_lengths
+from avmp_vllm.planner.command import parse_bytes, parse_lengths
+from avmp_vllm.planner.plan import make_plan
 
 MEMORY = 24 << 20
+MODELS = Path(__file__).parents[2] / "configs" / "models"
 
 
 def _plan(model: str, caching: bool):
-    # vLLM's CPU backend: pages of 32 tokens, stock's block a multiple of 128.
+    # Pages of 32 tokens, stock's block a multiple of 128.
     return make_plan(
         read_shape(model),
         MEMORY,
-        page_tokens=32,
-        stock_unit=128,
+        backend="CPU_ATTN",
         prefix_caching=caching,
         max_model_len=512,
     )
@@ -108,6 +111,71 @@ def test_card_subtracts_weights_and_reserve(tiny_jamba, capsys):
     assert main(["plan", tiny_jamba, "--gpu", "rtx3060", "--parameters", "1e9"]) == 0
     left = int(12 * 2**30 * 0.92) - 4_000_000_000 - 2**30
     assert f"{left:,} bytes for the cache" in capsys.readouterr().out
+
+
+def test_json_is_the_plan(tiny_jamba, capsys):
+    assert main(["plan", tiny_jamba, "--memory", "24MiB", "--lengths", "64", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    plan = make_plan(read_shape(tiny_jamba), MEMORY)
+    assert printed["fits"] == [{"tokens": 64, **plan.sequences(64)}]
+    assert printed["page_bytes"] == plan.geometry.page_bytes
+    assert [table["layers"] for table in printed["tables"]] == [2]
+    assert printed["backend"] == "FLASH_ATTN"
+    assert printed["stock"]["tables"] == plan.stock.tables
+
+
+def test_several_tables_are_listed(tmp_path, capsys):
+    """A window beside full attention, and what a request holds of it."""
+    config = {
+        "model_type": "nemotron_h_puzzle",
+        "hidden_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 4096,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 48,
+        "n_groups": 2,
+        "ssm_state_size": 16,
+        "block_configs": [
+            {"block_type": "mamba"},
+            {"block_type": "attention"},
+            {"block_type": "attention", "sliding_window": 100},
+        ],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ["plan", str(tmp_path), "--memory", "64MiB", "--step-tokens", "256"]
+    assert main([*words, "--lengths", "4096"]) == 0
+    printed = capsys.readouterr().out
+    most = -(-(99 + 256) // 16) + 1
+    assert re.search(rf"the last tokens\s+│\s+1 │\s+16 │\s+{most} at most", printed)
+    assert main([*words, "--lengths", "4096", "--json"]) == 0
+    tables = json.loads(capsys.readouterr().out)["tables"]
+    assert [(table["role"], table["most_pages"]) for table in tables] == [
+        ("slots", None),
+        ("window", most),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "backend", "page"),
+    [
+        ("jamba-reasoning-3b", ["--gpu", "rtx3060"], "FLASH_ATTN", 16),
+        ("kimi-linear-48b-a3b", ["--memory", "40GiB"], "FLASH_ATTN_MLA", 16),
+        ("kimi-linear-48b-a3b", ["--memory", "40GiB", "--backend", "FLASHMLA"], "FLASHMLA", 64),
+        ("kimi-linear-48b-a3b", ["--memory", "9GiB", "--backend", "CUTLASS_MLA"], "", 128),
+    ],
+)
+def test_pages_are_the_backends(model, words, backend, page, capsys):
+    path = str(MODELS / f"{model}.json")
+    assert main(["plan", path, *words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert backend in printed["backend"]
+    assert printed["tables"][0]["page_tokens"] == page
+
+
+def test_a_backend_of_other_models_is_an_error(tiny_jamba, capsys):
+    assert main(["plan", tiny_jamba, "--memory", "1GiB", "--backend", "FLASHMLA"]) == 2
+    assert "is not served by it; known: FLASH_ATTN" in capsys.readouterr().err
 
 
 def test_sizes_and_lengths():

@@ -9,8 +9,7 @@ import sys
 
 import pytest
 
-from avmp_vllm.doctor.drift import OVERRIDDEN, all_seams, drift, find
-from avmp_vllm.engine.entry import seams
+from avmp_vllm.engine.entry import minors, seams
 from avmp_vllm.engine.entry.config import SELECTED, ConfigError
 from avmp_vllm.engine.entry.selection import (
     ASYNC_SCHEDULER,
@@ -19,19 +18,26 @@ from avmp_vllm.engine.entry.selection import (
     require_supported_vllm,
 )
 
+#: Every seam that the installed vLLM has.
+EVERY = seams.of((*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2), minors.minor())
 
-@pytest.mark.parametrize("seam", all_seams(), ids=lambda seam: seam.path)
-def test_seam_has_the_signature_its_wrapper_relies_on(seam):
-    """An upgrade of vLLM fails here, in words, before it fails in a stack trace."""
-    assert not drift(seams.stock(seam), seam.signature)
+
+@pytest.mark.parametrize("seam", EVERY, ids=lambda seam: seam.path)
+def test_seam_stands_where_it_says(seam):
+    """In the vLLM that is installed. ``tests/drift`` has the signatures, and the other minors."""
+    assert callable(seams.stock(seam))
     assert seam.why
     assert seam.until
 
 
-@pytest.mark.parametrize("where", OVERRIDDEN)
-def test_overridden_methods_have_not_drifted(where):
-    """The same for what AVMP's subclasses override."""
-    assert not drift(find(where), OVERRIDDEN[where])
+def test_only_the_seams_of_a_minor_are_installed(monkeypatch):
+    """A place that the installed vLLM does not have is left alone."""
+    gone = seams.Seam("vllm", "no_such_place", "nobody:nothing", (), "", "", minors=("0.33",))
+    monkeypatch.setattr(minors, "minor", lambda: "0.32")
+    seams.install([gone])
+    monkeypatch.setattr(minors, "minor", lambda: "0.33")
+    with pytest.raises(AttributeError, match="no_such_place"):
+        seams.install([gone])
 
 
 @pytest.mark.parametrize("name", [*WORKERS.values(), SCHEDULER, ASYNC_SCHEDULER])
@@ -52,8 +58,9 @@ llm = LLM(sys.argv[1], dtype="float32", enforce_eager=True, max_model_len=128,
           kv_cache_memory_bytes=8 << 20, additional_config={"block_manager": "default"})
 llm.generate([{"prompt_token_ids": [20, 21, 22]}], SamplingParams(max_tokens=2), use_tqdm=False)
 from avmp_vllm.engine.entry import seams
+from avmp_vllm.engine.entry import minors
 assert all(seams.is_installed(seam) for seam in seams.SELECTION)
-assert not any(seams.is_installed(seam) for seam in seams.ENGINE)
+assert not any(seams.is_installed(seam) for seam in seams.of(seams.ENGINE, minors.minor()))
 core = llm.llm_engine.engine_core.engine_core
 assert type(core.scheduler.kv_cache_manager) is KVCacheManager
 assert type(core.scheduler).__module__.startswith("vllm.")
@@ -79,14 +86,14 @@ def test_default_leaves_vllm_untouched(tiny_jamba):
     assert done.stdout.strip().endswith("untouched"), done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("found", ["0.31.4", "0.33.0", "1.0.0+cpu"])
+@pytest.mark.parametrize("found", ["0.31.4", "0.34.0", "1.0.0+cpu"])
 def test_another_vllm_is_refused(found):
     """Both versions are named."""
-    with pytest.raises(ConfigError, match=rf"vLLM 0.32.x.*{found.split('+')[0]}"):
+    with pytest.raises(ConfigError, match=rf"vLLM 0.32.x or 0.33.x,.*{found.split('+')[0]}"):
         require_supported_vllm(found)
 
 
-@pytest.mark.parametrize("found", ["0.32.0", "0.32.3+cpu"])
+@pytest.mark.parametrize("found", ["0.32.0", "0.32.3+cpu", "0.33.0", "0.33.1"])
 def test_the_supported_vllm_is_not(found):
     """Patch releases and builds do not matter."""
     require_supported_vllm(found)

@@ -44,6 +44,7 @@ from vllm.v1.worker import mamba_utils
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.engine.layout.saves import ChunkSaves
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.state_pool import StatePool
 from avmp_vllm.engine.worker.plans import bytes_behind
@@ -123,7 +124,14 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
             "migrations": sum(did.statistics.migrations.values()),
             "relocations": sum(did.statistics.relocations.values()),
             "preemptions": did.preemptions,
+            "saved": saved_by(llm),
         }
+
+
+def saved_by(llm: Any) -> int:
+    """States that layers have saved inside of chunks, into blocks that AVMP chose."""
+    managers = scheduler_of(llm).kv_cache_manager.coordinator.single_type_managers
+    return sum(getattr(manager, "saved", 0) for manager in managers)
 
 
 def by_handle(name: str, model: str, **avmp: Any) -> dict[str, Any]:
@@ -156,7 +164,7 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
 
     def noting(self: Scheduler, made: Any) -> None:
         for name, draft in zip(made.req_ids, made.draft_token_ids, strict=True):
-            if name in self.requests:
+            if name in self.requests and max(draft, default=-1) >= 0:
                 # By what the request has so far, which names it in any engine.
                 drafts[str(list(self.requests[name].all_token_ids))] = list(draft)
         update(self, made)
@@ -174,8 +182,9 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
         engine(
             model,
             avmp=avmp,
-            kv_cache_memory_bytes=4_000_000 if avmp is None else 300_000,
+            kv_cache_memory_bytes=4_000_000 if avmp is None else 420_000,
             max_model_len=320,
+            max_num_seqs=3,
             enable_prefix_caching=True,
             speculative_config={**ngram, "prompt_lookup_max": 3},
         ) as llm,
@@ -197,31 +206,58 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
         return result
 
 
-def branching(model: str, retention: int | None, *patches: Any) -> dict[str, Any]:
+def branching(
+    model: str, retention: int | None, *patches: Any, kernels: str = "resolved"
+) -> dict[str, Any]:
     """Serve branching prompts one after the other, with layers that save states inside of a chunk.
 
     Args:
-        model: Folder of a Mamba-2 hybrid.
+        model: Folder of a Mamba-2 hybrid, which runs vLLM's layers for CUDA; of a Mamba-1 hybrid
+            with kernels by handle.
         retention: vLLM's ``prefix_cache_retention_interval``.
         patches: Something left out; checks that would notice it are off.
+        kernels: AVMP's option.
     """
     with ExitStack() as stack:
-        stack.enter_context(cuda_mamba_layers())
+        if kernels == "resolved":
+            stack.enter_context(cuda_mamba_layers())
         for patch in patches:
             stack.enter_context(patch)
         llm = stack.enter_context(
             engine(
                 model,
-                avmp={"checkpoint_tokens": 128, "verify": not patches},
+                avmp={"checkpoint_tokens": 128, "verify": not patches, "kernels": kernels},
                 enable_prefix_caching=True,
                 prefix_cache_retention_interval=retention,
                 max_num_batched_tokens=512,
                 kv_cache_memory_bytes=2_000_000,
             )
         )
+        scheduler = scheduler_of(llm)
+        chunks = 0
+        schedule = scheduler.schedule
+
+        def counting(*args: Any, **kwargs: Any) -> Any:
+            nonlocal chunks
+            output = schedule(*args, **kwargs)
+            chunks += output.total_num_scheduled_tokens > 1
+            return output
+
+        scheduler.schedule = counting
         answers = [greedy(llm, [prompt], 6, temperature=0)[0] for prompt in branching_prompts()]
         hits = next(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
-        return {"answers": answers, "hits": hits}
+        return {"answers": answers, "hits": hits, "saved": saved_by(llm), "chunks": chunks}
+
+
+def one_token_off() -> Any:
+    """Have kernels save states one token before their position."""
+    right = ChunkSaves.of_handles
+
+    def wrong(self: ChunkSaves, states: torch.Tensor) -> Any:
+        found = right(self, states)
+        return None if found is None else ((found[0] - 1).clamp(min=0), found[1])
+
+    return mock.patch.object(ChunkSaves, "of_handles", wrong)
 
 
 def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[str, Any]:
@@ -558,6 +594,8 @@ def scenarios(
         "branching_interval": lambda: branching(short_granite, 256),
         "branching_dense_broken": lambda: branching(short_granite, None, publish_anything),
         "branching_interval_broken": lambda: branching(short_granite, 256, publish_anything),
+        "branching_handles": lambda: branching(short, 0, kernels="handles"),
+        "branching_handles_broken": lambda: branching(short, 0, one_token_off(), kernels="handles"),
         "poisoned": lambda: poisoned(jamba),
         "dummy_runs": lambda: dummy_runs(jamba),
         "graph_profiling": lambda: graph_profiling(jamba),

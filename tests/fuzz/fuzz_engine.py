@@ -28,6 +28,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.core.capacity import stock_block_tokens
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.layout.arena import arena_config
 from avmp_vllm.engine.layout.limits import fit_model_len
 from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
@@ -65,6 +66,7 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
     scheduler.max_model_len = settings.max_model_len
     scheduler.max_num_batched_tokens = settings.budget
     scheduler.max_num_scheduled_tokens = settings.budget
+    scheduler.long_prefill_token_threshold = settings.threshold
     scheduler.max_num_seqs = settings.sequences
     scheduler.policy = settings.policy
     scheduler.async_scheduling = settings.ahead > 0
@@ -91,7 +93,7 @@ def _specs(settings: Settings) -> tuple[FullAttentionSpec, MambaSpec]:
         dtypes=(torch.float64,),
         mamba_cache_mode="align" if settings.caching else "none",
         num_prefill_checkpoint_blocks=int(settings.checkpoints),
-        prefill_checkpoint_alignment=1 if settings.checkpoints else None,
+        prefill_checkpoint_alignment=1 if settings.checkpoints or settings.anywhere else None,
     )
     return kv, ssm
 
@@ -114,7 +116,7 @@ def _cache_config(settings: Settings, config: VllmConfig, memory: int, avmp: boo
     if config.cache_config.prefix_cache_retention_interval:
         # A multiple of the block, which stock has chosen.
         config.cache_config.prefix_cache_retention_interval = 2 * block
-    (cache,) = kv_cache_utils.get_kv_cache_configs(config, [{"kv": kv, "ssm": ssm}], [memory])
+    (cache,) = minors.stock_cache_configs(config, [{"kv": kv, "ssm": ssm}], [memory])
     return cache
 
 

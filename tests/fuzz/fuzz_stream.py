@@ -14,7 +14,9 @@ class Settings:
 
     Attributes:
         caching: Prefix caching.
-        checkpoints: Whether the layers save a state inside of a chunk, as Mamba-2 on CUDA.
+        checkpoints: Whether the layers save a state inside of a chunk where vLLM wants one, as
+            Mamba-2 on CUDA.
+        anywhere: Whether they save as many as are wanted at any position, as AVMP's Mamba-1.
         ahead: Steps that are scheduled before the output of the first of them arrives.
         retention: ``--prefix-cache-retention-interval``.
         policy: Of vLLM's scheduler.
@@ -23,6 +25,7 @@ class Settings:
         memory_factor: Bytes of the arena, in the least that AVMP accepts.
         max_model_len: Longest request.
         budget: ``--max-num-batched-tokens``.
+        threshold: ``--long-prefill-token-threshold``; 0 for none.
         sequences: ``--max-num-seqs``.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
@@ -33,6 +36,7 @@ class Settings:
 
     caching: bool = True
     checkpoints: bool = False
+    anywhere: bool = False
     ahead: int = 0
     retention: int | None = 0
     policy: str = "fcfs"
@@ -41,6 +45,7 @@ class Settings:
     memory_factor: float = 1.0
     max_model_len: int = 256
     budget: int = 128
+    threshold: int = 0
     sequences: int = 6
     batch: int = 1
     growth: int = 0
@@ -97,9 +102,11 @@ def draw_settings(rng: random.Random) -> Settings:
     spacing = rng.choice((32, 64, 128))
     max_model_len = rng.choice((128, 256, 400))
     state_cells = rng.choice((16, 48, 90, 150, 300))
+    layers = rng.choice(("cut", "checkpoints", "anywhere"))
     return Settings(
         caching=caching,
-        checkpoints=rng.random() < 0.5,
+        checkpoints=layers == "checkpoints",
+        anywhere=layers == "anywhere",
         ahead=rng.randrange(2),
         retention=rng.choice((0, 0, None, 2 * spacing, 4 * spacing)) if caching else 0,
         policy=rng.choice(("fcfs", "priority")),
@@ -108,6 +115,7 @@ def draw_settings(rng: random.Random) -> Settings:
         memory_factor=rng.choice((1.0, 1.0, 1.3, 2, 3, 6)),
         max_model_len=max_model_len,
         budget=rng.choice((48, 64, 100, 128, 192, 512)),
+        threshold=rng.choice((0, 0, 0, 40)),
         sequences=rng.choice((1, 2, 4, 8)),
         batch=rng.choice((1, 1, 4, 32)),
         growth=rng.choice((0, 0, 64)),

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from avmp_vllm.backing.page_table import PageTable
-from avmp_vllm.core import Kind, MovePlan
+from avmp_vllm.core import Kind, MovePlan, Save
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
@@ -149,6 +149,8 @@ class SimulatedWorker:
         geometry = config.geometry if isinstance(config, AVMPCacheConfig) else None
         self.table = PageTable(geometry) if geometry else None
         self._plans = 0
+        self.saved = 0
+        self._saves: dict[int, list[Save]] = {}
 
     # -- places ------------------------------------------------------------------------------------
 
@@ -177,6 +179,7 @@ class SimulatedWorker:
         }
         self._carry_states(output, chunks)
         sampled = [self._forward(name, *chunks[name]) for name in names]
+        assert not self._saves, f"no chunk saves these: {self._saves}"
         return ModelRunnerOutput(
             req_ids=names,
             req_id_to_index={name: index for index, name in enumerate(names)},
@@ -193,6 +196,7 @@ class SimulatedWorker:
                 layout.states[copy.dst_block_id] = layout.states[copy.src_block_id]
             return
         plan: MovePlan | None = getattr(output, PLAN)
+        self._saves = {}
         if plan is None:
             return
         self._plans += 1
@@ -205,6 +209,8 @@ class SimulatedWorker:
             layout.kv[page] = 0
         for copy in plan.copies:
             views[copy.kind][copy.target] = views[copy.kind][copy.source]
+        for save in plan.saves:
+            self._saves.setdefault(save.running, []).append(save)
         if plan.digest is not None:
             known, digest = plan.digest
             assert self.table.digest(dict(zip(Kind, known, strict=True))) == digest
@@ -281,6 +287,12 @@ class SimulatedWorker:
                 page[begin:last] = new[:, None]
         if layout.ssm.num_prefill_checkpoint_blocks and align:
             self._export(row, start, end)
+        before = 0
+        for save in self._saves.pop(blocks[column], ()):
+            assert before < save.tokens < end - start, f"{name}: {save} in [{start}, {end})"
+            self.state(save.target)[:] = digests[start + save.tokens]
+            before = save.tokens
+            self.saved += 1
         running[:] = digests[end]
         if end < len(row.tokens):
             return []

@@ -16,7 +16,7 @@ from fuzz_stream import Add, Settings, Stream, draw, without_sessions
 from fuzz_worker import SimulatedWorker, WrongContent
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from avmp_vllm.core import InvariantViolation
+from avmp_vllm.core import InvariantViolation, Save
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
 from avmp_vllm.engine.scheduler.scheduler import MovePlanMixin
@@ -24,6 +24,8 @@ from avmp_vllm.engine.scheduler.sessions import StreamingSessions
 from avmp_vllm.engine.scheduler.state_manager import StateManager
 from avmp_vllm.engine.scheduler.state_pool import StatePool
 
+#: Of engines whose prompts keep states.
+_KEPT = {"checkpoints": False, "caching": True, "retention": 0}
 #: Streams of one test.
 BATCH = 20
 
@@ -186,7 +188,42 @@ def _kept_when_forgone(right: Any) -> Any:
     return forgo
 
 
+def _one_page_off(right: Any) -> Any:
+    """A state is saved one page before the position that it is published for."""
+
+    def take_saves(self: StateManager) -> list[Save]:
+        return [
+            save._replace(tokens=save.tokens - 16) if save.tokens > 16 else save
+            for save in right(self)
+        ]
+
+    return take_saves
+
+
 MUTANTS = {
+    "a state inside of a chunk is not saved": Mutant(
+        AVMPBlockSpaceManager, "take_move_plan", _without("saves"), {"anywhere": True, **_KEPT}
+    ),
+    "a state inside of a chunk is saved elsewhere": Mutant(
+        StateManager, "take_saves", _one_page_off, {"anywhere": True, **_KEPT}
+    ),
+    "a chunk that is never computed stays saved": Mutant(
+        StateManager,
+        "lose_chunk",
+        lambda right: lambda self, name: self._saves.pop(name, None),
+        {
+            "anywhere": True,
+            **_KEPT,
+            "policy": "priority",
+            "threshold": 20,
+            "budget": 512,
+            "memory_factor": 2,
+            "max_model_len": 400,
+            "state_cells": 16,
+            "sequences": 12,
+            "growth": 0,
+        },
+    ),
     "a copy is dropped": Mutant(
         AVMPBlockSpaceManager, "take_move_plan", _without("copies"), {"caching": True}
     ),

@@ -20,6 +20,7 @@ from avmp_kernels import (
 from avmp_kernels.check import HandleCheck
 from avmp_kernels.pages import PageTable
 from avmp_kernels.resolve import Resolver
+from avmp_kernels.saves import ChunkSaves
 
 CAPABILITIES = sorted(SHARED_LIMIT)
 _I32, _I64 = torch.int32, torch.int64
@@ -188,18 +189,21 @@ def test_mamba_prefill(capability: int, dtype: torch.dtype, monkeypatch) -> None
     weight, bias = empty(dim, width, dtype=dtype), empty(dim, dtype=dtype)
     narrow, wide = empty(rows, n, dtype=dtype), empty(dim, dtype=torch.float32)
     A = empty(dim, n, dtype=torch.float32)
+    saves = ChunkSaves(empty(requests, 3, dtype=_I32), empty(requests, 3, dtype=_I32))
     with compiling_for(capability, monkeypatch) as binaries:
         conv1d.causal_conv1d(
-            out, conv_states, handles, starts, has_initial, x, weight, bias, pages=_pages()
-        )
+            out, conv_states, handles, starts, has_initial, x, weight, bias, saves=saves,
+            pages=_pages(),
+        )  # fmt: skip
         conv1d.causal_conv1d_update(
             out[:requests], conv_states, handles, x[:requests], weight, bias, pages=_pages()
         )
-        selective_scan.selective_scan(
-            out, states, handles, starts, has_initial, x, dt, A, narrow, narrow, wide, z, wide,
-            pages=_pages(),
-        )  # fmt: skip
-    _accept(binaries, "_prefill_kernel", "_update_kernel", "_selective_scan_kernel")
+        for saved in (None, saves):
+            selective_scan.selective_scan(
+                out, states, handles, starts, has_initial, x, dt, A, narrow, narrow, wide, z, wide,
+                saves=saved, pages=_pages(),
+            )  # fmt: skip
+    _accept(binaries, "_save_kernel", "_prefill_kernel", "_update_kernel", "_selective_scan_kernel")
 
 
 def test_page_table_keeps_the_lookahead(monkeypatch) -> None:

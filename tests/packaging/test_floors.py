@@ -14,6 +14,7 @@ TOOLS = {"bench", "demo", "doctor", "models", "planner", "plots", "top"}
 #: Of each floor: its folder, and what it may import beside the standard library and itself.
 FLOORS = {
     "core": ("avmp_vllm/core", set()),
+    "predict": ("avmp_vllm/predict", {"numpy"}),
     "kernels": ("kernels", {"avmp_kernels", "torch", "triton"}),
     "backing": ("avmp_vllm/backing", {"avmp_vllm.core", "avmp_kernels", "cuda", "numpy", "torch"}),
 }
@@ -24,7 +25,7 @@ ENGINE = {
     "scheduler": {"entry", "layout"},
     "worker": {"entry", "layout", "handles"},
     "handles": {"entry", "layout"},
-    "cpu": {"entry"},
+    "cpu": {"entry", "layout"},
 }
 
 

@@ -15,8 +15,7 @@ from avmp_vllm.bench.memory.rules import (
 )
 from avmp_vllm.bench.memory.traffic import PAGE_TOKENS, PARTS, Load, steps
 from avmp_vllm.bench.scheduler.traces import TraceRequest
-from avmp_vllm.core import Geometry, Kind
-from avmp_vllm.core.capacity import Layers
+from avmp_vllm.core import Geometry, Kind, caches
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.models.shapes import ModelShape
 
@@ -28,10 +27,9 @@ HEADROOM = 1.3
 
 def sizes_of(shape: ModelShape, kv_dtype: str) -> tuple[int, int]:
     """Bytes of a KV page and of an SSM block."""
-    layers = Layers(
-        shape.kv_layers, shape.token_bytes(kv_dtype), shape.ssm_layers, shape.state_bytes
-    )
-    geometry = layers.geometry(1 << 60, PAGE_TOKENS)
+    shape.require_plain()
+    bounds = caches.Load(PAGE_TOKENS, shape.max_model_len)  # of windows, which there are none of
+    geometry = shape.caches(kv_dtype).geometry(1 << 60, PAGE_TOKENS, bounds)
     return geometry.page_bytes, geometry.block_bytes
 
 

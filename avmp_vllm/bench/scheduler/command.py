@@ -13,16 +13,20 @@ import numpy as np
 
 from avmp_vllm.bench import results
 from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.scheduler.step_times import ALIASES, CARDS, DEFAULT, clock
 from avmp_vllm.bench.scheduler.traces import Trace, TraceRequest, read_trace
 from avmp_vllm.bench.statistics import SEED, ratio_of_means
 from avmp_vllm.bench.status import exit_status
 from avmp_vllm.bench.tables import table
 from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
-from avmp_vllm.planner.command import STATIC_RATIO, parse_bytes
+from avmp_vllm.planner.command import parse_bytes
+from avmp_vllm.planner.plan import STATIC_RATIO
 
-#: ``stock-dense`` is stock with every state kept, its best setting where conversations go on.
-_VARIANTS = ("stock", "stock-dense", "static", "avmp")
+#: ``stock-dense`` is stock with every state kept, its best setting where conversations go on;
+#: ``avmp-inside`` is AVMP with layers that save states inside of a chunk (Mamba-1 on CPU, and with
+#: ``kernels: handles``).
+_VARIANTS = ("stock", "stock-dense", "static", "avmp", "avmp-inside")
 _DEFAULT_VARIANTS = ("stock", "static", "avmp")
 BENCHMARK = "scheduler"
 
@@ -63,9 +67,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-model-len", type=int, default=16384)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
-    parser.add_argument("--step-ms", type=float, default=8.0, help="of every step (8)")
-    parser.add_argument("--token-us", type=float, default=20.0, help="of every token (20)")
-    parser.add_argument("--sequence-us", type=float, default=30.0, help="of every sequence (30)")
+    parser.add_argument("--step-ms", type=float, help="of every step (8)")
+    parser.add_argument("--token-us", type=float, help="of every token (20)")
+    parser.add_argument("--sequence-us", type=float, help="of every sequence (30)")
+    parser.add_argument(
+        "--card", help=f"instead, a card's roofline for the model: {', '.join([*CARDS, *ALIASES])}"
+    )
+    parser.add_argument(
+        "--step-times",
+        type=Path,
+        metavar="FILE",
+        help="instead, measured: JSON with any of step_ms, token_us, sequence_us",
+    )
+    parser.add_argument(
+        "--active-parameters",
+        type=float,
+        help="with --card: that a token passes (of the model's file, else all)",
+    )
     parser.add_argument(
         "--async-scheduling",
         action="store_true",
@@ -101,8 +119,11 @@ _PARAMETERS = [
     "step_ms",
     "token_us",
     "sequence_us",
+    "clock",
     "async_scheduling",
 ]
+#: What the result file of an older version lacks.
+_ADDED = {"async_scheduling": False, "clock": "as given"}
 
 
 def _validate(parameters: dict[str, Any]) -> tuple[str, ...]:
@@ -124,13 +145,16 @@ def _validate(parameters: dict[str, Any]) -> tuple[str, ...]:
         if not parameters[name] > 0:
             option = name.replace("_", "-")
             raise ShapeError(f"--{option} {parameters[name]}: must be more than 0")
-    times = [parameters[name] for name in ("step_ms", "token_us", "sequence_us")]
-    if min(times) < 0 or not sum(times):
-        raise ShapeError("--step-ms, --token-us, --sequence-us: none below 0 and one above")
     variants = tuple(parameters["variants"].split(","))
     if unknown := [name for name in variants if name not in _VARIANTS]:
         raise ShapeError(f"--variants {unknown[0]}: unknown; known: {', '.join(_VARIANTS)}")
     return variants
+
+
+def _validate_clock(parameters: dict[str, Any]) -> None:
+    times = [parameters[name] for name in DEFAULT]
+    if min(times) < 0 or not sum(times):
+        raise ShapeError("--step-ms, --token-us, --sequence-us: none below 0 and one above")
 
 
 def drawn(trace: Trace, parameters: dict[str, Any], seed: int) -> tuple[list[TraceRequest], int]:
@@ -176,7 +200,7 @@ def measure(
         async_scheduling=parameters["async_scheduling"],
         verify=verify,
     )
-    step_time = StepTime(*(parameters[n] for n in ("step_ms", "token_us", "sequence_us")))
+    step_time = StepTime(*(parameters[name] for name in DEFAULT))
     left = []
     for seed in range(parameters["seeds"]):
         requests, left_out = drawn(trace, parameters, seed)
@@ -243,6 +267,7 @@ def report(
         else "each step is scheduled behind the output of the one before it"
     )
     blocks = [
+        f"Clock: {parameters['clock']}.",
         f"step = {parameters['step_ms']:g} ms + {parameters['token_us']:g} us a token + "
         f"{parameters['sequence_us']:g} us a sequence, for all variants; "
         f"{order}; {parameters['seeds']} seeds; left out as too long: {counts['left_out']}",
@@ -273,15 +298,20 @@ def report(
 
 
 def _run(args: argparse.Namespace) -> int:
-    parameters = {name: getattr(args, name) for name in _PARAMETERS}
+    parameters = {name: getattr(args, name, None) for name in _PARAMETERS}
     expected, output = None, args.output
     if args.check:
         expected = results.read(args.check, BENCHMARK)
-        parameters = {"async_scheduling": False, **expected["parameters"]}
+        parameters = _ADDED | expected["parameters"]
     elif output is None:
         output = Path(".bench/scheduler.json")
     _validate(parameters)
     shape = read_shape(parameters["model"]).with_state_dtype(parameters["state_dtype"])
+    if not args.check:
+        given = {name: parameters[name] for name in DEFAULT}
+        found = clock(shape, args.card, args.step_times, given, args.active_parameters)
+        parameters |= found.times | {"clock": found.source}
+    _validate_clock(parameters)
     trace = read_trace(Path(parameters["trace"]))
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         counts, timings = measure(shape, trace, parameters, journal, args.verify)

@@ -25,6 +25,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 from avmp_vllm.bench.scheduler.static_arena import StaticArena
 from avmp_vllm.core import Arena, Geometry, Kind
 from avmp_vllm.core.capacity import StaticSplit, stock_block_tokens
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.layout.arena import arena_config
 from avmp_vllm.engine.layout.groups import group_of
 from avmp_vllm.engine.layout.limits import blocks_per_request, fit_model_len
@@ -180,8 +181,8 @@ def _specs(shape: ModelShape, settings: Settings) -> tuple[FullAttentionSpec, Ma
     )
     ssm = MambaSpec(
         block_size=CHECKPOINT_TOKENS if settings.prefix_caching else settings.max_model_len,
-        shapes=(shape.conv_shape, shape.state_shape),
-        dtypes=(_torch_dtype(shape.dtype), _torch_dtype(shape.state_dtype)),
+        shapes=tuple(part for part, _ in shape.state_parts),
+        dtypes=tuple(_torch_dtype(dtype) for _, dtype in shape.state_parts),
         mamba_cache_mode="align" if settings.prefix_caching else "none",
     )
     return kv, ssm
@@ -203,7 +204,7 @@ def _stock_config(vllm_config: VllmConfig, shape: ModelShape, settings: Settings
         block_size=block if settings.prefix_caching else settings.max_model_len,
         page_size_padded=kv.page_size_bytes,
     )
-    (config,) = kv_cache_utils.get_kv_cache_configs(
+    (config,) = minors.stock_cache_configs(
         vllm_config, [_layers(shape, kv, ssm)], [settings.memory]
     )
     return config
@@ -260,9 +261,10 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
             "block_manager": "avmp",
             "avmp": {"verify": settings.verify},
         }
-        config = arena_config(
-            vllm_config, _layers(shape, *_specs(shape, settings)), settings.memory
-        )
+        kv, ssm = _specs(shape, settings)
+        if variant == "avmp-inside":
+            ssm = replace(ssm, prefill_checkpoint_alignment=1)
+        config = arena_config(vllm_config, _layers(shape, kv, ssm), settings.memory)
         fit_model_len(vllm_config, config)
     cache.num_gpu_blocks = config.num_blocks
     cache.block_size = min(g.kv_cache_spec.block_size for g in config.kv_cache_groups)
@@ -283,7 +285,7 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
     arena: Arena | None = None
     if variant == "static":
         arena = _make_static(scheduler, settings)
-    elif variant == "avmp":
+    elif not stock:
         arena = scheduler.kv_cache_manager.arena
     block_bytes = 0 if arena else config.kv_cache_tensors[0].size // config.num_blocks
     kv_dtype = settings.kv_dtype

@@ -12,13 +12,15 @@ import numpy as np
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from avmp_vllm.bench.scheduler.engines import Engine
 from avmp_vllm.bench.scheduler.traces import TraceRequest
 
 #: Samples of the bytes are taken every so many steps.
 SAMPLE_STEPS = 100
+#: Ends every answer; no made-up token is below 10.
+STOP = 2
 
 
 class Stuck(RuntimeError):
@@ -142,9 +144,12 @@ class _Replay:
         while self.pending and self.pending[0][1].arrival <= self.clock:
             index, request = self.pending.popleft()
             name = str(index)
-            self.answers[name] = request.output.token_ids()
+            self.answers[name] = [*request.output.token_ids()[:-1], STOP]
             prompt = [token for segment in request.prompt for token in segment.token_ids()]
-            params = SamplingParams(max_tokens=request.output.tokens, ignore_eos=True)
+            # As vLLM sets it where a user sets nothing. The answer's length would tell the
+            # scheduler when a request ends, which no scheduler knows.
+            limit = self.engine.scheduler.max_model_len - len(prompt)
+            params = SamplingParams(max_tokens=limit, ignore_eos=True, stop_token_ids=[STOP])
             self.engine.scheduler.add_request(
                 Request(
                     request_id=name,
@@ -204,7 +209,10 @@ class _Replay:
             return []
         # Scheduled ahead, this step's own placeholder is counted already.
         ahead = max(0, request.num_output_placeholders - 1)
-        return [self.answers[name][request.num_output_tokens + ahead]]
+        # Nor does the scheduler know that the answer has ended in a step that still runs; what is
+        # computed behind the end is thrown away.
+        answer = self.answers[name]
+        return [answer[min(request.num_output_tokens + ahead, len(answer) - 1)]]
 
     def _take_output(self) -> None:
         """Give the scheduler the output of the oldest step that it has not seen."""
@@ -228,6 +236,7 @@ class _Replay:
             outcome.output_tokens += request.num_output_tokens - before
             if name not in scheduler.requests:
                 assert list(request.output_token_ids) == self.answers[name], name
+                assert request.status == RequestStatus.FINISHED_STOPPED, name
                 self.finish[name] = self.clock
                 outcome.finished += 1
                 outcome.preemptions += request.num_preemptions

@@ -16,7 +16,7 @@ Once the stock layers run on CPU, this file can go.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -36,6 +36,9 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, MambaSpec
 
 from avmp_vllm.engine.cpu.scan import selective_scan
 
+if TYPE_CHECKING:
+    from avmp_vllm.engine.layout.saves import ChunkSaves, RowSave
+
 
 def register() -> None:
     """Have vLLM build the layers of this file instead of its own, if the platform is the CPU.
@@ -53,7 +56,12 @@ class CpuMambaMixer(MambaMixer):
     """vLLM's ``MambaMixer`` with the forward pass of the CPU.
 
     All tensors are [tokens, channels] with the decodes first, as vLLM orders a batch.
+
+    Attributes:
+        saves: Under AVMP, the states that a step saves inside of its prefills.
     """
+
+    saves: ChunkSaves | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -61,6 +69,13 @@ class CpuMambaMixer(MambaMixer):
         # layer does the same; packing later gives `conv1d.weight` other data.
         weights = self.conv1d.weight.squeeze(1)
         self.register_buffer("conv_weights", weights.detach(), persistent=False)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
+        """Return vLLM's spec, which says that states are saved at any position of a prefill."""
+        spec = super().get_kv_cache_spec(vllm_config)
+        if isinstance(spec, MambaSpec):
+            spec = replace(spec, prefill_checkpoint_alignment=1)
+        return spec
 
     def forward_impl(self, hidden_states: torch.Tensor, output: torch.Tensor) -> None:
         """Write the layer's result for ``hidden_states`` [tokens, hidden] into ``output``."""
@@ -77,9 +92,14 @@ class CpuMambaMixer(MambaMixer):
             )
         tokens = decodes + prefills
         x, gate = self.in_proj(hidden_states[:tokens])[0].chunk(2, dim=-1)
-        x = self._convolve(x, metadata)
+        saves: list[RowSave] = []
+        if prefills and self.saves is not None:
+            saves = self.saves.of_blocks(metadata.state_indices_tensor_p)
+        x = self._convolve(x, metadata, saves)
         dt, B, C = self._ssm_transform(x)
-        slots, query_start_loc, has_initial_state = _as_one_batch(metadata)
+        batch = _as_one_batch(metadata)
+        if saves:
+            batch = _cut(batch, saves, metadata.num_decodes)
         y = selective_scan(
             x,
             dt.transpose(-2, -1),
@@ -87,16 +107,16 @@ class CpuMambaMixer(MambaMixer):
             B,
             C,
             self.kv_cache[1],
-            slots=slots,
-            query_start_loc=query_start_loc,
-            has_initial_state=has_initial_state,
+            **batch._asdict(),
             D=self.D,
             z=gate,
             dt_bias=self._time_proj_bias(),
         )
         output[:tokens] = self.out_proj(y)[0]
 
-    def _convolve(self, x: torch.Tensor, metadata: Mamba1AttentionMetadata) -> torch.Tensor:
+    def _convolve(
+        self, x: torch.Tensor, metadata: Mamba1AttentionMetadata, saves: list[RowSave]
+    ) -> torch.Tensor:
         """Run vLLM's causal convolutions over ``x`` [tokens, channels] and their states."""
         state = self.kv_cache[0]
         if not is_conv_state_dim_first():
@@ -115,6 +135,7 @@ class CpuMambaMixer(MambaMixer):
                 )
             )
         if metadata.num_prefill_tokens:
+            _save_inputs(x[decodes:], state, metadata, saves)
             parts.append(
                 causal_conv1d_fn(
                     x[decodes:].transpose(-2, -1),
@@ -145,10 +166,70 @@ class CpuMambaMixer2(MambaMixer2):
         return spec
 
 
-def _as_one_batch(
-    metadata: Mamba1AttentionMetadata,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return slots, sequence starts and initial-state flags of decodes and prefills together.
+class Batch(NamedTuple):
+    """Sequences of a scan; see ``selective_scan``."""
+
+    slots: torch.Tensor
+    query_start_loc: torch.Tensor
+    has_initial_state: torch.Tensor
+    sources: torch.Tensor | None = None
+
+
+def _save_inputs(
+    x: torch.Tensor, state: torch.Tensor, metadata: Mamba1AttentionMetadata, saves: list[RowSave]
+) -> None:
+    """Save the convolution's states inside of the prefills, before their own are overwritten.
+
+    Args:
+        x: [tokens, channels] of the prefills.
+        state: [blocks, channels, width - 1]: the last inputs of each sequence, oldest first.
+        metadata: Of the batch.
+        saves: What to save.
+    """
+    width = state.shape[-1]
+    for row, tokens, target in saves:
+        begin = int(metadata.query_start_loc_p[row])
+        fresh = x[begin + max(tokens - width, 0) : begin + tokens].T
+        old = width - fresh.shape[1]
+        if old:
+            block = metadata.state_indices_tensor_p[row]
+            resumes = metadata.has_initial_states_p[row]
+            state[target, :, :old] = state[block, :, width - old :] if resumes else 0
+        state[target, :, old:] = fresh
+
+
+def _cut(batch: Batch, saves: list[RowSave], decodes: int) -> Batch:
+    """Cut prefills where a state is saved.
+
+    A piece leaves its state where it is to be saved, and the next begins from there.
+
+    Args:
+        batch: Decodes and prefills.
+        saves: By row, and in it by position.
+        decodes: Sequences before the first prefill.
+    """
+    slots, starts, resumes = (tensor.tolist() for tensor in batch[:3])
+    cuts: dict[int, list[RowSave]] = {}
+    for save in saves:
+        cuts.setdefault(decodes + save.row, []).append(save)
+    pieces: list[tuple[int, int, bool, int]] = []
+    for sequence, slot in enumerate(slots):
+        source, start, resume = slot, starts[sequence], resumes[sequence]
+        for save in cuts.get(sequence, ()):
+            pieces.append((save.target, start, resume, source))
+            source, start, resume = save.target, starts[sequence] + save.tokens, True
+        pieces.append((slot, start, resume, source))
+    targets, begins, flags, sources = zip(*pieces, strict=True)
+    return Batch(
+        torch.tensor(targets),
+        torch.tensor([*begins, starts[-1]]),
+        torch.tensor(flags),
+        torch.tensor(sources),
+    )
+
+
+def _as_one_batch(metadata: Mamba1AttentionMetadata) -> Batch:
+    """Return decodes and prefills together.
 
     A decode is a sequence of one token that goes on from its state.
     """
@@ -163,4 +244,4 @@ def _as_one_batch(
         resumes.append(metadata.has_initial_states_p)
     else:
         starts.append(torch.tensor([decodes], dtype=torch.int32))
-    return torch.cat(slots), torch.cat(starts), torch.cat(resumes)
+    return Batch(torch.cat(slots), torch.cat(starts), torch.cat(resumes))

@@ -95,6 +95,7 @@ def _scan(
     C: Array,
     states: Array,
     stride: int,
+    sources: Array,
     slots: Array,
     starts: Array,
     resume: Array,
@@ -113,10 +114,11 @@ def _scan(
             continue
         for low in range(0, channels, _CHANNELS):
             count = min(_CHANNELS, channels - low)
+            source = sources[sequence] * stride + low * size
             offset = slots[sequence] * stride + low * size
             for c in range(count):
                 for n in range(size):
-                    h[c, n] = states[offset + c * size + n] if resume[sequence] else _ZERO
+                    h[c, n] = states[source + c * size + n] if resume[sequence] else _ZERO
             for t in range(first, last):
                 for c in range(count):
                     step = dt[t, low + c]
@@ -144,6 +146,7 @@ def selective_scan(
     slots: torch.Tensor,
     query_start_loc: torch.Tensor,
     has_initial_state: torch.Tensor,
+    sources: torch.Tensor | None = None,
     D: torch.Tensor | None = None,
     z: torch.Tensor | None = None,
     dt_bias: torch.Tensor | None = None,
@@ -164,6 +167,8 @@ def selective_scan(
             state is zero.
         query_start_loc: [sequences + 1] integer, where each sequence begins in ``tokens``.
         has_initial_state: [sequences] bool; where false the scan starts from zero.
+        sources: [sequences] integer, the slot that each sequence begins from; its own if not given.
+            Sequences run one after the other, so one may begin from what an earlier one has left.
         D: [channels], the skip weight.
         z: [tokens, channels], the gate: y is multiplied by silu(z).
         dt_bias: [channels], added to ``dt``.
@@ -186,15 +191,18 @@ def selective_scan(
 
     y = torch.empty_like(x)
     indices = slots.to(torch.int64)
+    begins = indices if sources is None else sources.to(torch.int64)
     if state.dtype == torch.float32:
         # numba vectorises one-dimensional contiguous arrays only, so the slots are one long run.
         span = (state.shape[0] - 1) * state.stride(0) + channels * size
-        work, stride, rows = state.as_strided((span,), (1,)), state.stride(0), indices
+        work, stride = state.as_strided((span,), (1,)), state.stride(0)
+        rows, source_rows = indices, begins
     else:
         # numba knows no bf16: work on a copy, whose slot 0 is the null slot.
-        used = torch.cat([indices.new_zeros(1), indices.clamp(min=0)])
+        named = torch.cat([indices.new_zeros(1), indices, begins]).clamp(min=0)
+        used, places = named.unique(return_inverse=True)
         work, stride = state[used].float().view(-1), channels * size
-        rows = torch.where(indices > 0, torch.arange(1, len(used)), 0)
+        rows, source_rows = places[1:].chunk(2)
     _scan(
         x.numpy(),
         dt.contiguous().numpy(),
@@ -203,14 +211,14 @@ def selective_scan(
         C.float().contiguous().numpy(),
         work.numpy(),
         stride,
+        source_rows.numpy(),
         rows.numpy(),
         query_start_loc.to(torch.int64).numpy(),
         has_initial_state.numpy(),
         y.numpy(),
     )
     if state.dtype != torch.float32:
-        live = indices > 0
-        state[indices[live]] = work.view(-1, channels, size)[rows[live]].to(state.dtype)
+        state[used[1:]] = work.view(-1, channels, size)[1:].to(state.dtype)
 
     if D is not None:
         y.addcmul_(x, D.detach().float())

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from avmp_vllm.engine.entry import minors
+from avmp_vllm.version import SUPPORTED_VLLM
+
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -29,6 +32,7 @@ class Seam:
         signature: Parameters that the wrapper relies on; the drift test compares them.
         why: What AVMP needs there.
         until: What upstream would have to offer instead.
+        minors: Minor releases of vLLM that have it.
     """
 
     module: str
@@ -37,6 +41,7 @@ class Seam:
     signature: tuple[str, ...]
     why: str
     until: str
+    minors: tuple[str, ...] = SUPPORTED_VLLM
 
 
 SELECTION = (
@@ -82,6 +87,15 @@ ENGINE = (
         ("self", "vllm_config"),
         "an arena that is too small is the last line that the user reads",
         "errors of the engine core handed to the process that started it",
+    ),
+    Seam(
+        "vllm.v1.engine.core",
+        "get_global_kv_cache_groups",
+        "avmp_vllm.engine.layout.arena:get_global_kv_cache_groups",
+        ("vllm_config", "kv_cache_specs"),
+        "two groups of different page size, before the bytes are known",
+        "cache groups and tensors planned by the block manager",
+        minors=("0.33",),
     ),
     Seam(
         "vllm.v1.engine.core",
@@ -148,6 +162,11 @@ RUNNER_V2 = (
 )
 
 
+def of(seams: Iterable[Seam], minor: str) -> tuple[Seam, ...]:
+    """Those of some seams that a minor release of vLLM has."""
+    return tuple(seam for seam in seams if minor in seam.minors)
+
+
 def _owner(seam: Seam) -> tuple[Any, str]:
     owner: Any = importlib.import_module(seam.module)
     *path, name = seam.path.split(".")
@@ -177,8 +196,8 @@ def is_installed(seam: Seam) -> bool:
 
 
 def install(seams: Iterable[Seam]) -> None:
-    """Wrap what is not wrapped yet in this process."""
-    for seam in seams:
+    """Wrap what is not wrapped yet in this process, and what the installed vLLM has."""
+    for seam in of(seams, minors.minor()):
         if is_installed(seam):
             continue
         owner, name = _owner(seam)

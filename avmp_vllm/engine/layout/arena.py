@@ -20,17 +20,19 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheS
 
 from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, PageGroup
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
-from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, ceil_div
+from avmp_vllm.core.geometry import BLOCK_ALIGNMENT
+from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, Layout, Role, place, round_up
 from avmp_vllm.engine.entry.config import ConfigError, selected
-from avmp_vllm.engine.layout.groups import Layers, Role, kind_of_spec, sort_layers
+from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
 from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages, refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-#: Pages, and layouts inside of them, start on this boundary (bytes), which covers every dtype.
-LAYOUT_ALIGNMENT = 16
+
+#: Bytes that surely hold a page of each kind, for what does not depend on them; never allocated.
+ANY_ARENA = 1 << 50
 
 
 @dataclass
@@ -53,15 +55,19 @@ class AVMPCacheConfig(KVCacheConfig):
 
 
 def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap the engine core's ``get_kv_cache_configs``: one arena a rank, two groups over it."""
+    """Wrap the engine core's ``get_kv_cache_configs``: one arena a rank, two groups over it.
+
+    From vLLM 0.33 on the groups come as an argument of their own. They are made again here.
+    """
 
     def wrapper(
         vllm_config: VllmConfig,
         kv_cache_specs: list[dict[str, KVCacheSpec]],
         available_memory: list[int],
+        *groups: Any,
     ) -> list[KVCacheConfig]:
         if selected(vllm_config.additional_config) is None:
-            return stock(vllm_config, kv_cache_specs, available_memory)
+            return stock(vllm_config, kv_cache_specs, available_memory, *groups)
         configs = [
             arena_config(vllm_config, specs, min(available_memory)) for specs in kv_cache_specs
         ]
@@ -73,6 +79,23 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, geometry)
         return list(configs)
+
+    return wrapper
+
+
+def get_global_kv_cache_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap the engine core's ``get_global_kv_cache_groups`` of vLLM 0.33: the arena's two groups.
+
+    vLLM asks for them before it knows how many bytes there are.
+    """
+
+    def wrapper(
+        vllm_config: VllmConfig, kv_cache_specs: list[dict[str, KVCacheSpec]]
+    ) -> list[KVCacheGroupSpec]:
+        if selected(vllm_config.additional_config) is None:
+            return stock(vllm_config, kv_cache_specs)
+        merged = {name: spec for specs in kv_cache_specs for name, spec in specs.items()}
+        return list(arena_config(vllm_config, merged, ANY_ARENA).kv_cache_groups)
 
     return wrapper
 
@@ -101,8 +124,8 @@ def arena_config(
     try:
         geometry = Geometry(
             arena_bytes,
-            _round_up(max(map(_bytes, paged)), _page_alignment(paged)),
-            _round_up(_bytes(states), BLOCK_ALIGNMENT),
+            round_up(max(map(_bytes, paged)), _page_alignment(paged)),
+            round_up(_bytes(states), BLOCK_ALIGNMENT),
             slots.page_tokens,
             tuple(more),
         )
@@ -132,28 +155,26 @@ def arena_config(
     )
 
 
-def _round_up(value: int, unit: int) -> int:
-    return ceil_div(value, unit) * unit
-
-
 def _stride(table: Layers, spec: KVCacheSpec) -> int:
     """Bytes from one layer of a layout to the next."""
     unit = STATE_ALIGNMENT if table.role is Role.STATE else 1
-    return _round_up(spec.page_size_bytes, unit)
+    return round_up(spec.page_size_bytes, unit)
+
+
+def _layouts(table: Layers) -> list[Layout]:
+    return [Layout(_stride(table, spec), len(names)) for spec, names in table.layouts()]
 
 
 def _placed(table: Layers) -> Iterator[tuple[int, KVCacheSpec, list[str]]]:
     """Offset in the page, spec and layers of each layout."""
-    offset = 0
-    for spec, names in table.layouts():
+    offsets, _ = place(_layouts(table))
+    for offset, (spec, names) in zip(offsets, table.layouts(), strict=True):
         yield offset, spec, names
-        offset = _round_up(offset + len(names) * _stride(table, spec), LAYOUT_ALIGNMENT)
 
 
 def _bytes(table: Layers) -> int:
     """Bytes of a page of all layers of a block table."""
-    (*_, (offset, spec, names)) = _placed(table)
-    return offset + len(names) * _stride(table, spec)
+    return place(_layouts(table))[1]
 
 
 def _page_alignment(paged: list[Layers]) -> int:

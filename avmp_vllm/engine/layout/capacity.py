@@ -7,26 +7,29 @@ is what its planning functions answer for those sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
     KVCacheConfig,
     KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
+    SparseCacheRole,
 )
 
 from avmp_vllm.core import Kind, PageGroup
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.core.tables import Role, round_up
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import (
-    Role,
     checkpoint_spacing,
     first_spec,
     group_of,
@@ -46,19 +49,24 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
     """Plan the same layers and bytes as stock vLLM does; None for layers that it cannot plan."""
     specs = kv_cache_config.layer_specs
     states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
-    slots = first_spec(group_of(kv_cache_config, Kind.KV).kv_cache_spec)
+    slots = _attention(specs)
     tokens = stock_block_tokens(
         slots.block_size,
         slots.page_size_bytes,
         max(state.page_size_bytes for state in states),
         _stock_unit(vllm_config, slots),
     )
+    config = selected(vllm_config.additional_config)
+    if config is not None and config.page_tokens is None:
+        # The page is what every backend takes, and stock's block is a multiple of that too.
+        tokens = round_up(tokens, slots.block_size)
     page = slots.page_size_bytes // slots.block_size * tokens
     aligned = vllm_config.cache_config.mamba_cache_mode == "align"
     inflated = {name: _inflated(name, spec, tokens, page, aligned) for name, spec in specs.items()}
     try:
-        groups = kv_cache_utils.get_kv_cache_groups(vllm_config, inflated)
-        planned: KVCacheConfig = kv_cache_utils.get_kv_cache_config_from_groups(
+        stock = minors.planning()
+        groups = stock.get_kv_cache_groups(vllm_config, inflated)
+        planned: KVCacheConfig = stock.get_kv_cache_config_from_groups(
             vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
         )
     except (AssertionError, NotImplementedError, ValueError):
@@ -77,6 +85,18 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
     )
 
 
+def _attention(specs: Mapping[str, KVCacheSpec]) -> AttentionSpec:
+    """The spec of the model's attention, by which stock vLLM sizes its block: no indexer's."""
+    return next(
+        spec
+        for name, spec in specs.items()
+        if isinstance(spec, AttentionSpec)
+        and role_of(name, spec) is Role.SLOTS
+        and spec.tokens_per_state == 1
+        and getattr(spec, "cache_role", None) is not SparseCacheRole.INDEXER
+    )
+
+
 def _inflated(name: str, spec: KVCacheSpec, tokens: int, page: int, aligned: bool) -> KVCacheSpec:
     """What a layer's spec would be under stock vLLM's block."""
     if isinstance(spec, MambaSpec):
@@ -89,11 +109,14 @@ def _inflated(name: str, spec: KVCacheSpec, tokens: int, page: int, aligned: boo
 def _stock_unit(vllm_config: VllmConfig, slots: KVCacheSpec) -> int:
     """Tokens that stock vLLM's block would be a multiple of."""
     cache = vllm_config.cache_config
-    if isinstance(slots, MLAAttentionSpec):
-        return max(128, cache.block_size if cache.user_specified_block_size else 0)
+    unit = 128 if vllm_config.device_config.device_type == "cpu" else 16
     if cache.user_specified_block_size:
-        return cache.block_size
-    return 128 if vllm_config.device_config.device_type == "cpu" else 16
+        unit = cache.block_size
+    if isinstance(slots, MLAAttentionSpec):
+        unit = max(unit, 128)
+    if cache.mamba_cache_mode == "align":
+        unit = lcm(unit, minors.state_alignment(vllm_config))
+    return unit
 
 
 def states_per_sequence(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> int:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import Enum
 
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
@@ -44,17 +43,8 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import Kind
+from avmp_vllm.core.tables import Role, by_need
 from avmp_vllm.engine.entry.config import ConfigError
-
-
-class Role(Enum):
-    """What a request holds of a layer's cache."""
-
-    SLOTS = "a slot for every token"
-    WINDOW = "the last tokens"
-    RING = "one page"
-    STATE = "a state"
-
 
 ROLES: dict[type[KVCacheSpec], Role] = {
     FullAttentionSpec: Role.SLOTS,
@@ -134,17 +124,16 @@ def sort_layers(specs: Mapping[str, KVCacheSpec]) -> list[Layers]:
         ConfigError: A cache that has no pool, no layer of a pool, or states that cannot move
             together.
     """
-    by_need: dict[tuple[object, ...], dict[str, KVCacheSpec]] = {}
-    roles: dict[tuple[object, ...], Role] = {}
-    for name, spec in specs.items():
-        role = role_of(name, spec)
-        need = _need(role, spec)
-        roles[need] = role
-        by_need.setdefault(need, {})[name] = spec
-    tables = [Layers(roles[need], layers) for need, layers in by_need.items()]
-    tables.sort(key=lambda table: list(Role).index(table.role))
+    named = ((role_of(name, spec), name, spec) for name, spec in specs.items())
+    tables = [
+        Layers(role, dict(members))
+        for role, members in by_need(
+            (role, _need(spec), (name, spec)) for role, name, spec in named
+        )
+    ]
+    roles = {table.role for table in tables}
     for role, kind in ((Role.SLOTS, Kind.KV), (Role.STATE, Kind.SSM)):
-        if role not in roles.values():
+        if role not in roles:
             raise ConfigError(
                 f"the model has no {kind.name} layer: AVMP manages models that mix attention and "
                 "SSM layers; use --block-manager default"
@@ -158,11 +147,10 @@ def sort_layers(specs: Mapping[str, KVCacheSpec]) -> list[Layers]:
     return tables
 
 
-def _need(role: Role, spec: KVCacheSpec) -> tuple[object, ...]:
-    """What the layers of a block table have in common."""
+def _need(spec: KVCacheSpec) -> tuple[object, ...]:
+    """What the layers of a role's block table have in common."""
     if isinstance(spec, MambaSpec):
         return (
-            role,
             spec.block_size,
             spec.mamba_cache_mode,
             spec.num_speculative_blocks,
@@ -170,10 +158,10 @@ def _need(role: Role, spec: KVCacheSpec) -> tuple[object, ...]:
             spec.prefill_checkpoint_alignment,
         )
     if isinstance(spec, SlidingWindowSpec):
-        return role, spec.block_size, spec.sliding_window, spec.extra_retained_tokens
+        return spec.block_size, spec.sliding_window, spec.extra_retained_tokens
     if isinstance(spec, ChunkedLocalAttentionSpec):
-        return role, spec.block_size, "chunk", spec.attention_chunk_size
-    return role, spec.block_size, spec.dcp_sharded
+        return spec.block_size, "chunk", spec.attention_chunk_size
+    return spec.block_size, spec.dcp_sharded
 
 
 def first_spec(spec: KVCacheSpec) -> KVCacheSpec:
@@ -184,6 +172,21 @@ def first_spec(spec: KVCacheSpec) -> KVCacheSpec:
 def kind_of_spec(spec: KVCacheSpec) -> Kind:
     """Which pool a group's cache belongs to."""
     return Kind.SSM if isinstance(first_spec(spec), MambaSpec) else Kind.KV
+
+
+def saves_anywhere(spec: KVCacheSpec) -> bool:
+    """Whether a layer saves its state at any position inside of a chunk, into any block.
+
+    Such a layer names an alignment for states saved in a prefill, and asks for no blocks for them:
+    vLLM reserves none then, and AVMP finds its own. (vLLM's own machinery saves one state a chunk,
+    at the last hash before its end, in the block before the running one's.)
+    """
+    return (
+        isinstance(spec, MambaSpec)
+        and spec.prefill_checkpoint_alignment == 1
+        and not spec.num_prefill_checkpoint_blocks
+        and not spec.num_speculative_blocks
+    )
 
 
 def group_of(kv_cache_config: KVCacheConfig, kind: Kind) -> KVCacheGroupSpec:

@@ -15,8 +15,9 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import Geometry
+from avmp_vllm.core.tables import Role
 from avmp_vllm.engine.entry.config import ConfigError
-from avmp_vllm.engine.layout.groups import Role, state_spec
+from avmp_vllm.engine.layout.groups import state_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

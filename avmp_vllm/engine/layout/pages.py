@@ -10,7 +10,7 @@ from vllm.config.vllm import set_current_vllm_config
 from vllm.v1.attention.backend import MultipleOf
 
 from avmp_vllm.core.geometry import ceil_div
-from avmp_vllm.engine.entry import last_line
+from avmp_vllm.engine.entry import last_line, minors
 from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError, selected
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def align_hybrid_block_size(stock: Callable[..., Any]) -> Callable[..., Any]:
             cache.block_size = page_tokens(config, cache, backends)
         cache.mamba_page_size_padded = None
         if cache.mamba_cache_mode == "align":
-            cache.mamba_block_size = checkpoint_tokens(config, cache)
+            unit = lcm(cache.block_size, minors.state_alignment(vllm_config))
+            cache.mamba_block_size = checkpoint_tokens(config, cache, unit)
         return None
 
     return wrapper
@@ -84,11 +85,17 @@ def _all_take(backends: Sequence[type[AttentionBackend]], tokens: int) -> bool:
     return all(backend.supports_block_size(tokens) for backend in backends)
 
 
-def checkpoint_tokens(config: AVMPConfig, cache: CacheConfig) -> int:
+def checkpoint_tokens(config: AVMPConfig, cache: CacheConfig, unit: int) -> int:
     """Tokens between two state checkpoints.
 
+    Args:
+        config: AVMP's options.
+        cache: vLLM's, with the page's tokens.
+        unit: Tokens that the spacing must be a multiple of: the page's, or a multiple of them that
+            the layers need.
+
     Raises:
-        ConfigError: Not a multiple of the page, or the page itself.
+        ConfigError: Not a multiple of the unit, or the page itself.
     """
     page = cache.block_size
     if config.checkpoint_tokens is not None:
@@ -96,14 +103,20 @@ def checkpoint_tokens(config: AVMPConfig, cache: CacheConfig) -> int:
     elif cache.mamba_block_size not in (None, *_stock_block_sizes(cache)):
         option, value = "--mamba-block-size", cache.mamba_block_size
     else:
-        return max(ceil_div(CHECKPOINT_TOKENS, page), 2) * page
-    if value % page or value == page:
+        return _next_spacing(CHECKPOINT_TOKENS, page, unit)
+    if value % unit or value == page:
+        layers = f" and the {unit} at which the layers save states" if unit != page else ""
         raise ConfigError(
             f"{option} = {value}: a state checkpoint must be a multiple of the page's {page} "
-            f"tokens, and more than one page, or every {page} decoded tokens would keep a whole "
-            f"state; {max(ceil_div(value, page), 2) * page} is the next that works"
+            f"tokens{layers}, and more than one page, or every {page} decoded tokens would keep a "
+            f"whole state; {_next_spacing(value, page, unit)} is the next that works"
         )
     return value
+
+
+def _next_spacing(tokens: int, page: int, unit: int) -> int:
+    """The smallest spacing from so many tokens on that is allowed."""
+    return max(ceil_div(tokens, unit), 2 if unit == page else 1) * unit
 
 
 def _stock_block_sizes(cache: CacheConfig) -> tuple[int, ...]:

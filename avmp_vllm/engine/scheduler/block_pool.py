@@ -9,7 +9,7 @@ a large arena costs nothing until it is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.block_pool import BlockHashToBlockMap, BlockPool
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -31,6 +31,7 @@ class AVMPBlockPool(BlockPool):
         hash_block_size: As in ``BlockPool``.
         enable_kv_cache_events: As in ``BlockPool``.
         metrics_collector: As in ``BlockPool``.
+        others: Of ``BlockPool``, what only some minor releases have.
 
     Attributes:
         kept: Blocks that stay in the prefix cache when nobody references them; None for all.
@@ -44,10 +45,11 @@ class AVMPBlockPool(BlockPool):
         hash_block_size: int,
         enable_kv_cache_events: bool = False,
         metrics_collector: KVCacheMetricsCollector | None = None,
+        **others: Any,
     ) -> None:
         # The parent makes the null block, id 0, and nothing else.
         super().__init__(
-            1, enable_caching, hash_block_size, enable_kv_cache_events, metrics_collector
+            1, enable_caching, hash_block_size, enable_kv_cache_events, metrics_collector, **others
         )
         self.arena = arena
         self.kind = kind
@@ -130,7 +132,9 @@ class AVMPBlockPool(BlockPool):
     def touch(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Reference cached blocks once more."""
         for block in blocks:
-            if block.ref_cnt == 0 and not block.is_null:
+            if block.is_null:  # nobody reads its count; vLLM 0.33 keeps none
+                continue
+            if block.ref_cnt == 0:
                 self.arena.revive(block.block_id)
             block.ref_cnt += 1
             if self.metrics_collector:

@@ -6,7 +6,7 @@ request stands in the tree, and where its prefill has to stop so that a state ca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -103,17 +103,17 @@ class Checkpoints:
 
     # -- a request's way ---------------------------------------------------------------------------
 
-    def intend(self, request: Request, hit: int, inside: int) -> None:
-        """Decide where the prefill of a request that waits should stop.
+    def intend(self, request: Request, hit: int, uncut: Container[int]) -> None:
+        """Decide which states the prefill of a request that waits is to make.
 
         Nothing else changes: whether there is room for it is not known yet.
 
         Args:
             request: The request.
             hit: Tokens of its prefix hit, or of what it holds already.
-            inside: Position of a state that the layers save without a stop; 0 if there is none.
+            uncut: Positions of states that the layers save without a stop.
         """
-        intent = self._intent(request, hit, inside)
+        intent = self._intent(request, hit, uncut)
         visit = self._visits.get(request.request_id)
         if visit is None:
             self._intents[request.request_id] = request, intent
@@ -127,11 +127,11 @@ class Checkpoints:
         if name not in self._visits and name not in self._intents:
             self._intents[name] = request, Intent(Stops({}, {}), 0, None)
 
-    def _intent(self, request: Request, hit: int, inside: int) -> Intent:
+    def _intent(self, request: Request, hit: int, uncut: Container[int]) -> Intent:
         deepest = self._deepest(request, hit)
         turns = 0 if deepest is None else deepest.next_turns
         stops = self.keeper.stops(
-            request.num_prompt_tokens, hit, request.shared_prefix_boundary, turns, inside
+            request.num_prompt_tokens, hit, request.shared_prefix_boundary, turns, uncut
         )
         return Intent(stops, turns, deepest)
 
@@ -173,7 +173,7 @@ class Checkpoints:
                 keeper.used(found)
             hashes, page = request.block_hashes, self._page_tokens
             for position, origin in intent.stops.refused.items():
-                keeper.record(hashes[position // page - 1], origin, turns)
+                keeper.record(hashes[position // page - 1], origin, turns, position)
         keeper.step_on(node)
 
     def leave(self, request_id: str) -> None:
@@ -183,11 +183,11 @@ class Checkpoints:
         if visit is not None:
             self._drop(self.keeper.step_off(visit.node))
 
-    def next_stop(self, request_id: str, start: int, end: int) -> int:
-        """The first position inside of a request's chunk at which it is to stop, or 0."""
+    def inside(self, request_id: str, start: int, end: int) -> list[int]:
+        """Positions inside of a request's chunk whose states are to be made, in ascending order."""
         visit = self._visits.get(request_id)
         stops = visit.stops if visit is not None else self._intents[request_id][1].stops.made
-        return min((stop for stop in stops if start < stop < end), default=0)
+        return sorted(stop for stop in stops if start < stop < end)
 
     def wants(self, request_id: str, position: int) -> bool:
         """Whether a request's state at a position is to be kept."""
@@ -204,7 +204,7 @@ class Checkpoints:
         if visit.answer is not None and visit.answer.state is not None:
             return True
         spared = position - visit.node.position
-        return self.keeper.pays(Origin.ANSWER, visit.turns, spared, cuts=False)
+        return self.keeper.pays(Origin.ANSWER, visit.turns, spared, False, position)
 
     # -- states ------------------------------------------------------------------------------------
 
@@ -228,7 +228,8 @@ class Checkpoints:
             return
         keeper, page = self.keeper, self._page_tokens
         origin = visit.stops.pop(position, Origin.ANSWER)
-        record = keeper.record(request.block_hashes[position // page - 1], origin, visit.turns)
+        key = request.block_hashes[position // page - 1]
+        record = keeper.record(key, origin, visit.turns, position)
         below = visit.node
         part = slice(below.position // page, position // page)
         # Table by table within a page of tokens, so that joined runs of pages stay in order.

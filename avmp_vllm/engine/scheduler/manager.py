@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
-from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, kind_of
+from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, Save, kind_of
 from avmp_vllm.core.geometry import ceil_div
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.scheduler.coordinator import (
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
     from vllm.v1.request import Request
 
+    from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
+
 
 class AVMPBlockSpaceManager(KVCacheManager):
     """vLLM's ``KVCacheManager`` with a dual-pool arena behind it.
@@ -31,6 +34,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         config: AVMP's options.
         kwargs: Of ``KVCacheManager``.
     """
+
+    block_pool: AVMPBlockPool
 
     def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
@@ -47,6 +52,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
             "hash_block_size": kwargs["hash_block_size"],
             "metrics_collector": self.metrics_collector,
             "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+            **minors.hash_lookahead(self.block_pool),
         }
         self.coordinator = (
             AVMPCoordinator(kv_cache_config, config, enable_caching=True, **common)
@@ -71,6 +77,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self.checkpoints = self.coordinator.checkpoints
         self._plans = 0
         self._copies: list[Copy] = []
+        self._saves: list[Save] = []
 
     @property
     def geometry(self) -> Geometry:
@@ -110,7 +117,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
         return super().pop_blocks_for_free(request)
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
-        """Drain pending copies; note where their pages are now.
+        """Drain pending copies and saves; note where the copies' pages are now.
 
         The scheduler gives the endpoints' references back right after this call, and nothing is
         allocated in between, so this is the moment at which their places are final.
@@ -124,6 +131,9 @@ class AVMPBlockSpaceManager(KVCacheManager):
             )
             for copy in copies
         ]
+        for manager in self.coordinator.single_type_managers:
+            if isinstance(manager, StateManager):
+                self._saves += manager.take_saves()
         return copies, retained
 
     def take_move_plan(self, to_zero: list[int] | None) -> MovePlan | None:
@@ -140,11 +150,12 @@ class AVMPBlockSpaceManager(KVCacheManager):
         # A page may have been given back in the same step, and its bytes to the other pool.
         zeros = [arena.physical(handle) for handle in to_zero or () if arena.inside(handle)]
         copies, self._copies = self._copies, []
-        if not (relocations or zeros or copies or self.config.verify):
+        saves, self._saves = self._saves, []
+        if not (relocations or zeros or copies or saves or self.config.verify):
             return None
         self._plans += 1
         digest = arena.digest() if self.config.verify else None
-        return MovePlan(self._plans, relocations, zeros, copies, digest)
+        return MovePlan(self._plans, relocations, zeros, copies, digest, saves)
 
     def take_events(self) -> list[KVCacheEvent]:
         """Take the cache events of both pools."""
@@ -178,6 +189,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         be preempted later in the same step, and the chunk is never computed.
         """
         for manager in self.coordinator.single_type_managers:
+            if isinstance(manager, StateManager):
+                manager.lose_chunk(request.request_id)
             for block in manager.req_to_blocks.get(request.request_id, ()):
                 if (block.block_hash_num_tokens or 0) > num_tokens:
                     manager.block_pool._maybe_evict_cached_block(block)

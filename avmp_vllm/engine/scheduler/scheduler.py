@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -13,9 +14,11 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import RequestStatus
 
+from avmp_vllm.core import Kind
+from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
-from avmp_vllm.engine.layout.groups import checkpoint_spacing
+from avmp_vllm.engine.layout.groups import checkpoint_spacing, kind_of_spec, saves_anywhere
 from avmp_vllm.engine.layout.message import PLAN
 from avmp_vllm.engine.scheduler import metrics
 from avmp_vllm.engine.scheduler.coordinator import without_blocks
@@ -46,6 +49,11 @@ class MovePlanMixin(StreamingSessions):
         # the KV page, and states would then be published under hashes of longer prefixes.
         self.cache_config = copy.copy(self.cache_config)
         self.cache_config.block_size = checkpoint_spacing(kv_cache_config)
+        self._saves_anywhere = all(
+            saves_anywhere(group.kv_cache_spec)
+            for group in kv_cache_config.kv_cache_groups
+            if kind_of_spec(group.kv_cache_spec) is Kind.SSM
+        )
         self.kv_cache_manager = AVMPBlockSpaceManager(
             kv_cache_config,
             config,
@@ -62,7 +70,9 @@ class MovePlanMixin(StreamingSessions):
             pcp_world_size=1,
             metrics_collector=self.kv_metrics_collector,
             watermark=self.scheduler_config.watermark,
+            **minors.hash_lookahead(self),
         )
+        minors.renew_auxiliary_outputs(self)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
@@ -89,8 +99,8 @@ class MovePlanMixin(StreamingSessions):
         """Where a prefill chunk ends, so that the states worth keeping can be kept.
 
         Every end before the prompt's own costs the request a step, so a chunk ends early only where
-        a state is to be kept. Anywhere else it publishes nothing, and may end where the step's
-        budget does.
+        a state is to be kept that the layers cannot save on their way. Anywhere else it may end
+        where the step's budget does.
         """
         checkpoints = self.kv_cache_manager.checkpoints
         if checkpoints is None:  # a retention interval is given: vLLM's own rules
@@ -101,15 +111,16 @@ class MovePlanMixin(StreamingSessions):
             return aligned or num_new_tokens
         start = request.num_computed_tokens + num_new_local_computed_tokens
         end = start + num_new_tokens
+        uncut: Container[int] = range(request.num_prompt_tokens)
+        if not self._saves_anywhere:
+            uncut = (self._saved_inside(start, end),)
         if request.status != RequestStatus.RUNNING:
-            checkpoints.intend(request, start, self._saved_inside(start, end))
-        stop = checkpoints.next_stop(request.request_id, start, end)
-        if stop and stop != self._saved_inside(start, end):
-            return stop - start
-        return num_new_tokens
+            checkpoints.intend(request, start, uncut)
+        stops = checkpoints.inside(request.request_id, start, end)
+        return next((stop - start for stop in stops if stop not in uncut), num_new_tokens)
 
     def _saved_inside(self, start: int, end: int) -> int:
-        """Position of the state that the layers save inside of a chunk by themselves, or 0."""
+        """Position of the state that vLLM's layers save inside of a chunk, or 0."""
         position = get_mamba_prefill_checkpoint_position(
             end, self.hash_block_size, drop_eagle_block=False
         )

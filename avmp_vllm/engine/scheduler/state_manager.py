@@ -7,12 +7,14 @@ notes the positions in the pool, which publishes nothing else.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
+from avmp_vllm.core import Save
+from avmp_vllm.engine.layout.groups import saves_anywhere
 from avmp_vllm.engine.scheduler.state_pool import StatePool
 
 if TYPE_CHECKING:
@@ -27,6 +29,22 @@ ROLE = "avmp_states"
 COPY_CAUSES = ("answer", "prompt")
 
 
+class Saved(NamedTuple):
+    """A state that a chunk of the step being scheduled is to save.
+
+    Attributes:
+        running: The block that the chunk updates.
+        target: The block that gets the state.
+        position: Tokens of the request that the state covers.
+        tokens: Of the chunk that it covers.
+    """
+
+    running: KVCacheBlock
+    target: KVCacheBlock
+    position: int
+    tokens: int
+
+
 class StateManager(MambaManager):
     """Manages the SSM blocks of all requests.
 
@@ -35,6 +53,7 @@ class StateManager(MambaManager):
         tables: KV pages of each request, for each block table with a page for every so many tokens.
         copied: Copies of states so far, by cause: of a running answer, to keep it; of a state that
             a prompt has made or begins at, before it is overwritten.
+        saved: States so far that layers have saved inside of a chunk, into blocks from here.
     """
 
     block_pool: StatePool
@@ -44,6 +63,14 @@ class StateManager(MambaManager):
         self.checkpoints: Checkpoints | None = None
         self.tables: Sequence[Mapping[str, Sequence[KVCacheBlock]]] = ()
         self.copied = dict.fromkeys(COPY_CAUSES, 0)
+        self.saved = 0
+        self._anywhere = saves_anywhere(self.kv_cache_spec)
+        # Where a chunk begins that is about to get blocks, and positions inside of it whose states
+        # it is to save.
+        self._inside: dict[str, tuple[int, list[int]]] = {}
+        # Of the step being scheduled: what its chunks save, and blocks to let go of at its end.
+        self._saves: dict[str, list[Saved]] = {}
+        self._to_free: list[KVCacheBlock] = []
         # Where the state of a running answer stands that is to be copied, and its copy.
         self._due: dict[str, int] = {}
         self._copies: dict[str, tuple[int, KVCacheBlock]] = {}
@@ -61,7 +88,7 @@ class StateManager(MambaManager):
         apply_admission_cap: bool = False,
         prefill_end: int = 0,
     ) -> int:
-        """Blocks for a chunk, one more where the answer's state is to be copied before it."""
+        """Blocks for a chunk, and one for each state that it saves or that is copied before it."""
         count = super().get_num_blocks_to_allocate(
             request_id,
             num_tokens,
@@ -74,6 +101,11 @@ class StateManager(MambaManager):
         )
         if self.checkpoints is None or apply_admission_cap:
             return count
+        if self._anywhere:
+            start, end = total_computed_tokens, num_tokens_main_model
+            inside = self.checkpoints.inside(request_id, start, end)
+            self._inside[request_id] = start, inside
+            count += len(inside)
         self._due.pop(request_id, None)
         if (
             request_id in self._allocated_block_reqs
@@ -107,7 +139,43 @@ class StateManager(MambaManager):
             positions[blocks[index].block_id] = position
         running = blocks[cdiv(num_tokens_main_model, self.block_size) - 1]
         positions[running.block_id] = num_tokens_main_model
+        self._save_inside(request_id, running)
         return new
+
+    def _save_inside(self, request_id: str, running: KVCacheBlock) -> None:
+        """Find blocks for the states that a chunk is to save."""
+        start, inside = self._inside.pop(request_id, (0, []))
+        if not inside:
+            return
+        blocks = self.block_pool.get_new_blocks(len(inside))
+        self._saves[request_id] = [
+            Saved(running, block, position, position - start)
+            for position, block in zip(inside, blocks, strict=True)
+        ]
+        self._to_free += blocks
+        for save in self._saves[request_id]:
+            self.block_pool.positions[save.target.block_id] = save.position
+
+    def take_saves(self) -> list[Save]:
+        """Drain what the step's chunks save, and let go of its blocks: published ones stay.
+
+        Nothing is allocated any more before the workers have their plan.
+        """
+        saves = [
+            Save(save.running.block_id, save.target.block_id, save.tokens)
+            for chunk in self._saves.values()
+            for save in chunk
+        ]
+        self.saved += len(saves)
+        self._saves.clear()
+        free, self._to_free = self._to_free, []
+        self.block_pool.free_blocks(free)
+        return saves
+
+    def lose_chunk(self, request_id: str) -> None:
+        """A chunk is not computed after all, and what it was to save is not published."""
+        for save in self._saves.pop(request_id, ()):
+            self.block_pool._maybe_evict_cached_block(save.target)
 
     def _copy_answer(self, request_id: str) -> None:
         """Copy the state of a running answer before the chunk overwrites it, if that is due."""
@@ -143,6 +211,7 @@ class StateManager(MambaManager):
             return 0
         less = int(self._checkpoints.pop(request_id, None) is not None)
         less += int(self._due.pop(request_id, None) is not None)
+        less += len(self._inside.pop(request_id, (0, []))[1])
         if request_id in self._partial_hit_reqs and request_id in self._allocated_block_reqs:
             _, state = self._partial_hit_reqs.pop(request_id)
             self._producer_partial_tail_reqs.pop(request_id, None)
@@ -152,6 +221,8 @@ class StateManager(MambaManager):
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
         """Forget a request; its blocks."""
+        self.lose_chunk(request_id)
+        self._inside.pop(request_id, None)
         self._due.pop(request_id, None)
         self._copies.pop(request_id, None)
         return super().pop_blocks_for_free(request_id)
@@ -167,6 +238,7 @@ class StateManager(MambaManager):
         replay_boundaries: Sequence[int],
     ) -> None:
         """Publish what a chunk leaves, and tell the keeper of states."""
+        self._publish_saves(request, num_tokens)
         before = self.num_cached_block.get(request.request_id, 0)
         super().cache_blocks(
             request,
@@ -179,6 +251,19 @@ class StateManager(MambaManager):
         blocks = self.req_to_blocks[request.request_id]
         for index in range(before, num_tokens // self.block_size):
             self._tell(request, blocks[index], (index + 1) * self.block_size)
+
+    def _publish_saves(self, request: Request, num_tokens: int) -> None:
+        """Publish what a chunk saves; what is not published need not be saved."""
+        name = request.request_id
+        published = []
+        for save in self._saves.get(name, ()):
+            assert save.position <= num_tokens, "states are saved inside of prompts"
+            key = self._publish(request, save.target, save.position)
+            if key is not None:
+                self.cached_blocks_this_step.add(key)
+                published.append(save)
+        if name in self._saves:
+            self._saves[name] = published
 
     def _cache_partial_tail_block(
         self, request: Request, num_tokens: int, retention_interval: int | None

@@ -8,6 +8,7 @@ import torch
 
 from avmp_vllm.core import InvariantViolation, Kind, MovePlan
 from avmp_vllm.engine.layout.message import PLAN
+from avmp_vllm.engine.layout.saves import ChunkSaves
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -28,16 +29,21 @@ class PlanApplier:
     Args:
         page_table: Handles to physical pages.
         buffer: The bytes.
+
+    Attributes:
+        saves: What the layers are to save in the step's forward pass.
     """
 
     def __init__(self, page_table: PageTable, buffer: ArenaBuffer) -> None:
         self.page_table = page_table
         self.buffer = buffer
+        self.saves = ChunkSaves(page_table)
         self._applied = 0
 
     def apply_from(self, scheduler_output: SchedulerOutput) -> None:
         """Apply a step's plan if it has one; call it before anything else, whatever the step is."""
         plan = getattr(scheduler_output, PLAN, None)
+        self.saves.begin(plan.saves if plan is not None else ())
         if plan is not None:
             self.apply(plan)
 

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from avmp_vllm.core.geometry import Geometry
 from avmp_vllm.engine.entry.config import selected
-from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
+from avmp_vllm.engine.layout.arena import ANY_ARENA, AVMPCacheConfig, arena_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
-
-#: Any arena that surely holds a page of each kind, to read the page sizes from; never allocated.
-_LARGE = 1 << 50
 
 
 def least_bytes(geometry: Geometry, sequences: int) -> int:
@@ -36,7 +33,7 @@ def least_config(
     vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], sequences: int
 ) -> AVMPCacheConfig:
     """The smallest arena in which so many sequences fit at one page and one state each."""
-    geometry = arena_config(vllm_config, specs, _LARGE).geometry
+    geometry = arena_config(vllm_config, specs, ANY_ARENA).geometry
     assert geometry is not None
     return arena_config(vllm_config, specs, least_bytes(geometry, sequences))
 

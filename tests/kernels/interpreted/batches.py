@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from avmp_kernels.pages import SSM_TAG, PageTable
+from avmp_kernels.saves import ChunkSaves
 
 
 def generator(seed: int) -> torch.Generator:
@@ -33,6 +34,33 @@ def distinct_handles(count: int, size: int, is_ssm: bool, seed: int) -> torch.Te
 def starts_of(lengths: list[int]) -> torch.Tensor:
     """Return int32 ``query_start_loc`` of requests with these numbers of tokens."""
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+
+
+def random_saves(
+    lengths: list[int], handles: torch.Tensor, num_ssm: int, is_ssm: bool, seed: int, most: int = 3
+) -> ChunkSaves | None:
+    """Return up to ``most`` saves inside of each request, into handles that are not in use.
+
+    None where no request is long enough, or nothing was drawn. One target is null.
+    """
+    random = generator(seed + 1)
+    used = {int(handle) % SSM_TAG for handle in handles}
+    free = [number for number in range(1, num_ssm) if number not in used]
+    tokens = torch.zeros(len(lengths), most, dtype=torch.int32)
+    targets = torch.zeros_like(tokens)
+    for request, length in enumerate(lengths):
+        count = min(int(torch.randint(0, most + 1, (), generator=random)), max(length - 1, 0))
+        inside = 1 + torch.randperm(max(length - 1, 0), generator=random)[:count].sort().values
+        for number, position in enumerate(inside.tolist()):
+            if not free:
+                break
+            tokens[request, number] = position
+            targets[request, number] = free.pop(0) + (SSM_TAG if is_ssm else 0)
+    if not tokens.any():
+        return None
+    if tokens.count_nonzero() > 1:
+        targets[tuple(tokens.nonzero()[-1].tolist())] = 0
+    return ChunkSaves(tokens, targets)
 
 
 def block_table(pages_per_request: list[int], size: int, seed: int, spare: int = 2) -> torch.Tensor:

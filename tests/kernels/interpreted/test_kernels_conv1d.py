@@ -7,7 +7,7 @@ import torch
 from avmp_kernels import conv1d
 from avmp_kernels.pages import SSM_TAG
 from avmp_kernels.reference import ssm as reference
-from batches import distinct_handles, generator, random_table, starts_of
+from batches import distinct_handles, generator, random_saves, random_table, starts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels_state_update import ssm_view
@@ -34,13 +34,14 @@ def _states(dim: int, width: int, channels_last: bool, dtype: torch.dtype, seed:
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     translate=st.booleans(),
     null=st.booleans(),
+    save=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_prefill_equals_reference(
     lengths, padding, dim, width, channels_last, transposed, bias, activation, dtype, translate,
-    null, seed,
+    null, save, seed,
 ) -> None:  # fmt: skip
-    """Outputs, padding rows included, and all states."""
+    """Outputs, padding rows included, and all states, those saved on the way included."""
     random = generator(seed)
     rows = sum(lengths) + padding
     x = torch.randn(rows, dim, generator=random).to(dtype)
@@ -54,6 +55,7 @@ def test_prefill_equals_reference(
     handles = distinct_handles(len(lengths), _NUM_SSM, translate, seed)
     if null and lengths:
         handles[0] = 0
+    saves = random_saves(lengths, handles, _NUM_SSM, translate, seed) if save else None
     states = _states(dim, width, channels_last, dtype, seed)
     for request, resume in enumerate(has_initial.tolist()):
         if not resume and not translate:
@@ -61,7 +63,7 @@ def test_prefill_equals_reference(
     wanted_states = states.clone()
     wanted = torch.empty(rows, dim, dtype=dtype)
     arguments = (handles, starts_of(lengths), has_initial, x, weight, shift)
-    options = {"activation": activation, "pages": pages}
+    options = {"activation": activation, "saves": saves, "pages": pages}
     reference.causal_conv1d(wanted, wanted_states, *arguments, **options)
     out = torch.full((rows, dim), float("nan"), dtype=dtype)
     conv1d.causal_conv1d(out, states, *arguments, **options)

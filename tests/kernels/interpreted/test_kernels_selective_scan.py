@@ -7,7 +7,8 @@ import torch
 from avmp_kernels import page_table, relocate, selective_scan, state_update
 from avmp_kernels.pages import SSM_TAG
 from avmp_kernels.reference import ssm as reference
-from batches import distinct_handles, generator, random_table, starts_of
+from avmp_kernels.saves import ChunkSaves
+from batches import distinct_handles, generator, random_saves, random_table, starts_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels_state_update import ssm_view
@@ -42,10 +43,13 @@ def _inputs(rows: int, dim: int, n: int, dtype: torch.dtype, seed: int) -> dict[
     without=st.sets(st.sampled_from(["D", "z", "dt_bias"])),
     translate=st.booleans(),
     null=st.booleans(),
+    save=st.booleans(),
     seed=st.integers(0, 1000),
 )
-def test_equals_reference(lengths, padding, dim, n, dtype, without, translate, null, seed) -> None:
-    """Outputs, padding rows included, and all states."""
+def test_equals_reference(
+    lengths, padding, dim, n, dtype, without, translate, null, save, seed
+) -> None:
+    """Outputs, padding rows included, and all states, those saved on the way included."""
     rows = sum(lengths) + padding
     inputs = _inputs(rows, dim, n, dtype, seed) | dict.fromkeys(without)
     inputs["x"][sum(lengths) :] = float("nan")
@@ -54,6 +58,7 @@ def test_equals_reference(lengths, padding, dim, n, dtype, without, translate, n
     handles = distinct_handles(len(lengths), _NUM_SSM, translate, seed)
     if null and lengths:
         handles[0] = 0
+    saves = random_saves(lengths, handles, _NUM_SSM, translate, seed) if save else None
     states = ssm_view(_NUM_SSM, dim, n, dtype=dtype, seed=seed)
     for request, resume in enumerate(has_initial.tolist()):
         if not resume and not translate:
@@ -66,15 +71,60 @@ def test_equals_reference(lengths, padding, dim, n, dtype, without, translate, n
     }
     head = wanted_states[:, None]
     reference.selective_scan(
-        wanted, head, handles, starts_of(lengths), has_initial, **with_heads, pages=pages
-    )
+        wanted, head, handles, starts_of(lengths), has_initial, **with_heads, saves=saves,
+        pages=pages,
+    )  # fmt: skip
     out = torch.full((rows, dim), float("nan"), dtype=dtype)
     selective_scan.selective_scan(
-        out, states, handles, starts_of(lengths), has_initial, **inputs, pages=pages
+        out, states, handles, starts_of(lengths), has_initial, **inputs, saves=saves, pages=pages
     )
     tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {}
     torch.testing.assert_close(out, wanted[:, 0], **tolerance)
     torch.testing.assert_close(states, wanted_states, equal_nan=True, **tolerance)
+
+
+@given(
+    length=st.integers(2, 40),
+    inside=st.lists(st.integers(1, 39), min_size=1, max_size=3, unique=True),
+    resume=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_a_saved_state_is_what_a_cut_leaves_to_the_bit(length, inside, resume, seed) -> None:
+    """And so are the outputs and the last state; one token off is another state."""
+    inside = sorted(position for position in inside if position < length) or [1]
+    inputs = _inputs(length, 16, 16, torch.float32, seed)
+    states = ssm_view(6, 16, 16, dtype=torch.float32, seed=seed)
+    wanted_states = states.clone()
+    wanted, out = torch.empty(length, 16), torch.empty(length, 16)
+    one = torch.tensor([1], dtype=torch.int32)
+    begin, resumes = 0, resume
+    for number, end in enumerate((*inside, length)):
+        part = {
+            name: t if name in ("A", "D", "dt_bias") else t[begin:end] for name, t in inputs.items()
+        }
+        selective_scan.selective_scan(
+            wanted[begin:end], wanted_states, one, starts_of([end - begin]),
+            torch.tensor([resumes]), **part,
+        )  # fmt: skip
+        if number < len(inside):
+            wanted_states[2 + number] = wanted_states[1]
+        begin, resumes = end, True
+
+    def saving(tokens):
+        saves = ChunkSaves(
+            torch.tensor([tokens], dtype=torch.int32),
+            torch.arange(2, 2 + len(tokens), dtype=torch.int32)[None],
+        )
+        found = states.clone()
+        selective_scan.selective_scan(
+            out, found, one, starts_of([length]), torch.tensor([resume]), **inputs, saves=saves
+        )
+        return found
+
+    assert torch.equal(saving(inside), wanted_states)
+    assert torch.equal(out, wanted)
+    if inside[0] > 1:
+        assert not torch.equal(saving([inside[0] - 1, *inside[1:]])[2], wanted_states[2])
 
 
 def test_prefill_relocation_decode() -> None:

@@ -52,6 +52,7 @@ class MovePlanRunnerMixin(GPUModelRunner):
             assert cache is not None
             buffer = TorchBuffer(bytes_behind(cache), kv_cache_config.geometry)
             self._plans = PlanApplier(self.page_table, buffer)
+            self._plans.saves.bind(self.compilation_config.static_forward_context)
 
     def initialize_kv_cache_tensors(
         self, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
@@ -68,7 +69,10 @@ class MovePlanRunnerMixin(GPUModelRunner):
         """Apply the step's plan, even if the step has no tokens, then run it."""
         if self._plans is not None:
             self._plans.apply_from(scheduler_output)
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        result = super().execute_model(scheduler_output, *args, **kwargs)
+        if self._plans is not None:
+            self._plans.saves.end()
+        return result
 
     def _get_mamba_bufs(self) -> MambaBuffers:
         buffers = super()._get_mamba_bufs()

@@ -30,6 +30,7 @@ from avmp_vllm.engine.worker.v2.check import BatchCheck
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheSpec
     from vllm.v1.worker.gpu.input_batch import InputBatch
 
 
@@ -79,12 +80,16 @@ class AVMPModelRunnerV2(GPUModelRunner):
         )
 
     def initialize_kv_cache(
-        self, kv_cache_config: AVMPCacheConfig, is_profiling: bool = False, **kwargs: Any
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        is_profiling: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> None:
         """Make the cache, and what applies move plans to it."""
         if self._by_handle:
             handle_kernels.check_groups(kv_cache_config)
-        super().initialize_kv_cache(kv_cache_config, is_profiling, **kwargs)
+        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         geometry = kv_cache_config.geometry
         assert geometry is not None
         if self._by_handle:
@@ -100,8 +105,14 @@ class AVMPModelRunnerV2(GPUModelRunner):
             self._page_table.warm_up()
             buffer.warm_up()
             self._plans = PlanApplier(self._page_table, buffer)
+            self._plans.saves.bind(self.compilation_config.static_forward_context)
             if self._verify:
                 self._check = BatchCheck(self._block_tables, self._page_table.resident, geometry)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """The layers' specs; AVMP's own kernels save states inside of chunks."""
+        specs = super().get_kv_cache_spec()
+        return handle_kernels.saving_inside(specs) if self._by_handle else specs
 
     def _init_kv_zero_meta(self) -> None:
         """Nothing to prepare: move plans zero pages, by kind."""
@@ -112,7 +123,10 @@ class AVMPModelRunnerV2(GPUModelRunner):
             self._plans.apply_from(scheduler_output)
         # Under verification every step of the scheduler has a plan; warm-ups and dummies have none.
         self._planned = getattr(scheduler_output, PLAN, None) is not None
-        return super().execute_model(scheduler_output, *args, **kwargs)
+        result = super().execute_model(scheduler_output, *args, **kwargs)
+        if self._plans is not None:
+            self._plans.saves.end()
+        return result
 
     def prepare_attn(
         self, input_batch: InputBatch

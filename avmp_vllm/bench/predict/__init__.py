@@ -1,0 +1,1 @@
+"""``avmp bench predict``: how well answer lengths are forecast, on any trace, test then train."""
