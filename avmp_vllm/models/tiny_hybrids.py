@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     FalconH1Config,
     GraniteMoeHybridConfig,
@@ -177,3 +179,27 @@ def write_tiny_mamba(path: str | Path, *, seed: int = 0, **overrides: Any) -> Pa
     fields = {"num_hidden_layers": 2, "state_size": 16, "residual_in_fp32": False}
     config = MambaConfig(**{**_COMMON, **fields, **special_token_ids(), **overrides})
     return write_checkpoint(path, config, seed=seed)
+
+
+def write_tiny_qwen3_next_mtp(path: str | Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Qwen3-Next with a layer that drafts (multi-token prediction).
+
+    transformers writes no such layer. It is the model's own last attention layer here, over the sum
+    of a token's embedding and the hidden state before it: some of its drafts are accepted.
+    """
+    path = write_tiny_qwen3_next(path, seed=seed, num_nextn_predict_layers=1, **overrides)
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    last = max(name for name in tensors if name.endswith(".self_attn.q_proj.weight"))
+    layer = last.removesuffix("self_attn.q_proj.weight")
+    drafter = {
+        name.replace(layer, "mtp.layers.0."): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith(layer)
+    }
+    width = _COMMON["hidden_size"]
+    drafter["mtp.fc.weight"] = torch.eye(width).repeat(1, 2) / 2
+    for name in ("norm", "pre_fc_norm_hidden", "pre_fc_norm_embedding"):
+        drafter[f"mtp.{name}.weight"] = torch.zeros(width)
+    save_file(tensors | drafter, file, metadata={"format": "pt"})
+    return path

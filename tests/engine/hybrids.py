@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import mixed_jamba
@@ -13,7 +14,7 @@ import standins
 from avmp_vllm.models import tiny_hybrids, tiny_latent
 
 #: Of the mixed prompts: how many, tokens of an answer, and of the longest request.
-COUNT, NEW_TOKENS, LONGEST = 8, 12, 320
+COUNT, NEW_TOKENS, LONGEST = 8, 24, 320
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Family:
 
     Attributes:
         write: Writes its tiny checkpoint.
-        tight: Bytes of an arena with a prefix cache in which the prompts migrate and relocate.
+        tight: Bytes of an arena in which the prompts preempt, migrate and relocate.
         tables: Block tables under AVMP.
         layouts: Of KV pages and of states.
         first_layout: Bytes of the first layout in a state, where there are several.
@@ -34,10 +35,6 @@ class Family:
     layouts: tuple[int, int] = (1, 1)
     first_layout: int = 0
 
-    def arena(self, caching: bool) -> int:
-        """Bytes of a tight arena. Without a cache, a request needs fewer states at a time."""
-        return self.tight if caching else self.tight * 85 // 100
-
 
 def _mixed(name: str) -> Callable[[Any], Any]:
     return lambda path: mixed_jamba.write(path, name)
@@ -47,7 +44,8 @@ FAMILIES = {
     "nemotron_h": Family(tiny_hybrids.write_tiny_nemotron_h, 540_000),
     "falcon_h1": Family(tiny_hybrids.write_tiny_falcon_h1, 1_070_000),
     "zamba2": Family(tiny_hybrids.write_tiny_zamba2, 1_880_000),
-    "lfm2": Family(tiny_hybrids.write_tiny_lfm2, 400_000),
+    # One head, so that a page holds few states: or the states of all requests fit beside the pages.
+    "lfm2": Family(partial(tiny_hybrids.write_tiny_lfm2, num_key_value_heads=1), 215_000),
     "qwen3_next": Family(tiny_hybrids.write_tiny_qwen3_next, 540_000),
     "qwen3_5": Family(tiny_hybrids.write_tiny_qwen3_5, 540_000),
     "kimi_linear": Family(tiny_latent.write_tiny_kimi_linear, 320_000),
@@ -58,7 +56,7 @@ FAMILIES = {
         _mixed("states"), 1_000_000, layouts=(1, 3), first_layout=2 * 256 * (16 + 3) * 4
     ),
     "mixed_window": Family(_mixed("window"), 1_350_000, tables=5, layouts=(4, 1)),
-    "mixed_mixed": Family(_mixed("mixed"), 1_500_000, tables=3, layouts=(4, 3)),
+    "mixed_mixed": Family(_mixed("mixed"), 1_900_000, tables=3, layouts=(4, 3)),
 }
 
 

@@ -84,7 +84,7 @@ def test_answers_equal_stock(checkpoints, name):
     assert len({tuple(answer) for (answer,) in expected}) == COUNT
     migrated = moved = preempted = 0
     for caching in (False, True):
-        for memory in (AMPLE, family.arena(caching)):
+        for memory in (AMPLE, family.tight):
             with serving(
                 checkpoints, name, kv_cache_memory_bytes=memory, enable_prefix_caching=caching
             ) as llm:

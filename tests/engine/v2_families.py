@@ -30,7 +30,7 @@ UNCACHED = ("kimi_linear", "mixed_mixed")
 
 def serve(folder: Path, name: str, caching: bool, **options: Any) -> dict[str, Any]:
     """Serve a family in a tight arena; two rounds where the second may hit a cache."""
-    memory = FAMILIES[name].arena(caching)
+    memory = FAMILIES[name].tight
     v2_process.WORKLOADS[name] = (memory, LONGEST, caching, (1, COUNT, NEW_TOKENS))
     with layers_of(name):
         return v2_process.serve(
