@@ -23,8 +23,8 @@ from avmp_vllm.core.geometry import PageGroup, ceil_div
 LAYOUT_ALIGNMENT = 16
 #: Tokens of the request whose padding is made least.
 TYPICAL_TOKENS = 4096
-#: More block tables cost each step a little: they must spare at least this share of the bytes.
-WORTH = 0.05
+#: A block table costs each step a little: one more must spare at least this share of the bytes.
+TABLE_COST = 0.02
 
 _T = TypeVar("_T")
 
@@ -136,18 +136,15 @@ def even_parts(tables: Sequence[Table]) -> list[int]:
         return [1]
     pages = [table.group.pages_for(TYPICAL_TOKENS) for table in tables]
     widths = {_width(table.parts(n)) for table in tables for n in range(1, table.layers + 1)}
-    found: list[tuple[int, int, list[int]]] = []
+    found: list[tuple[float, int, list[int]]] = []
     for width in sorted(widths):
         numbers = [_within(table, width) for table in tables]
         parts = [number for number in numbers if number is not None]
         if len(parts) == len(tables):
             held = sum(number * n for number, n in zip(parts, pages, strict=True))
-            found.append((width * held, sum(parts), parts))
-    least = min(cost for cost, *_ in found)
-    _, _, best = min(
-        (one for one in found if one[0] <= least * (1 + WORTH)), key=lambda one: (one[1], one[0])
-    )
-    return best
+            number = sum(parts)
+            found.append((width * held * (1 + TABLE_COST * number), number, parts))
+    return min(found)[-1]
 
 
 def _width(tables: Sequence[Table]) -> int:

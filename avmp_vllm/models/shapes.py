@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,13 @@ class ModelShape:
     def with_state_dtype(self, dtype: str) -> ModelShape:
         """The same model with its recurrent state in another type (``auto``: unchanged)."""
         return self if dtype == "auto" else replace(self, state_dtype=dtype)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as plain values for a result file."""
+        values = asdict(self)
+        for layer in values["layers"]:
+            layer["role"] = layer["role"].name.lower()
+        return values
 
     @property
     def latent(self) -> bool:

@@ -13,8 +13,8 @@ from avmp_vllm.core.caches import Cache, Layers, Load
 from avmp_vllm.core.stock import StockRules, plan_stock
 from avmp_vllm.core.tables import (
     LAYOUT_ALIGNMENT,
+    TABLE_COST,
     TYPICAL_TOKENS,
-    WORTH,
     Layout,
     Role,
     Table,
@@ -56,18 +56,19 @@ def test_dealing_loses_nothing_and_is_even(layouts, number):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(_TABLES, min_size=2, max_size=3))
-def test_the_split_is_within_its_worth_of_the_best(tables):
-    """Against every combination of parts."""
+def test_no_split_is_better(tables):
+    """Against every combination of parts: bytes, and something for each table."""
 
     def cost(numbers):
         parts = [t.parts(n) for t, n in zip(tables, numbers, strict=True)]
         width = max(part.page_bytes for one in parts for part in one)
         pages = [t.group.pages_for(TYPICAL_TOKENS) for t in tables]
-        return width * sum(len(one) * held for one, held in zip(parts, pages, strict=True))
+        held = width * sum(len(one) * held for one, held in zip(parts, pages, strict=True))
+        return held * (1 + TABLE_COST * sum(map(len, parts)))
 
     chosen = even_parts(tables)
     best = min(map(cost, product(*(range(1, t.layers + 1) for t in tables))))
-    assert cost(chosen) <= best * (1 + WORTH)
+    assert cost(chosen) == pytest.approx(best)
 
 
 def test_one_table_is_never_split():

@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import Kind
-from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, WORTH, Role
+from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, TABLE_COST, Role
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
 from avmp_vllm.engine.layout.groups import REFUSED, ROLES, first_spec, sort_layers
@@ -241,7 +241,9 @@ def test_any_mixture_has_a_layout(kinds):
         -(-tokens // size) if most is None else min(-(-tokens // size), most)
         for _, size, most in _needs(specs)
     )
-    assert held <= (whole + 16 * geometry.pages_for(tokens)) * (1 + WORTH)
+    few, many = len(list(_needs(specs))), len(geometry.groups)  # tables, whole and split
+    allowed = (1 + TABLE_COST * few) / (1 + TABLE_COST * many)
+    assert held <= whole * allowed + 16 * geometry.pages_for(tokens)
 
 
 def _needs(specs):

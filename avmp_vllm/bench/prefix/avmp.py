@@ -39,9 +39,9 @@ class Avmp:
         while junction < request.reusable and keys[junction] in self._pages:
             junction += 1
         turns = deepest.next_turns if deepest is not None else 0
-        tail = request.reusable * PAGE if self.inside else 0
+        uncut = (request.reusable * PAGE,) if self.inside else ()
         stops = keeper.stops(
-            request.prompt, hit * PAGE, junction * PAGE if junction > hit else 0, turns, tail
+            request.prompt, hit * PAGE, junction * PAGE if junction > hit else 0, turns, uncut
         )
         for record in dict.fromkeys((deepest, found)):
             if record is not None:
@@ -65,7 +65,7 @@ class Avmp:
             keeper.went_on(found)
         states, pages = self._make_room()
         kind = found.origin.value if found is not None else ""
-        cuts = len(stops.made) - (tail in stops.made)
+        cuts = sum(position not in uncut for position in stops.made)
         return Served(hit * PAGE, cuts, made, states, pages, copies, kind)
 
     def probe(self, request: Request) -> int:

