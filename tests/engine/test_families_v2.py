@@ -61,8 +61,9 @@ def expected(folder) -> dict[str, list[list[list[int]]]]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_answers_equal_stock(done, expected, name):
-    """Two rounds, the second in opposite order, with a prefix cache."""
+    """Two rounds with a cache, the second in opposite order; the mixed one is scheduled ahead."""
     did = done[name]
+    assert (did["scheduler"] == "AVMPAsyncScheduler") is (name == "mixed_mixed")
     assert did["runner"] == "AVMPCPUModelRunnerV2"
     assert did["tables"] == FAMILIES[name].tables
     assert did["migrations"]

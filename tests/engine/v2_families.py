@@ -26,6 +26,8 @@ from avmp_vllm.core import Kind
 
 #: Served without a prefix cache too.
 UNCACHED = ("kimi_linear", "mixed_mixed")
+#: Served with steps scheduled ahead of their predecessors' output.
+AHEAD = ("mixed_mixed",)
 
 
 def serve(folder: Path, name: str, caching: bool, **options: Any) -> dict[str, Any]:
@@ -107,7 +109,10 @@ def refused(folder: Path) -> dict[str, str]:
 
 def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """All that this process can do, by name."""
-    served = {name: partial(serve, folder, name, True) for name in FAMILIES}
+    served = {
+        name: partial(serve, folder, name, True, async_scheduling=name in AHEAD)
+        for name in FAMILIES
+    }
     uncached = {f"{name} uncached": partial(serve, folder, name, False) for name in UNCACHED}
     return {
         **served,
