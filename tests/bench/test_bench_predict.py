@@ -323,4 +323,5 @@ def test_the_tables_fit_a_terminal(result, capsys) -> None:
     assert main(["bench", "predict", "--check", str(result)]) == 0
     out = capsys.readouterr().out
     assert "…" not in out
-    assert max(map(len, out.splitlines())) <= 100
+    # The last line names the file, wherever the tests keep theirs.
+    assert max(len(line) for line in out.splitlines() if str(result) not in line) <= 100
