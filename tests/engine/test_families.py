@@ -183,6 +183,6 @@ def test_control_what_is_left_out_changes_answers(checkpoints, monkeypatch, name
         enable_prefix_caching=True,
         avmp={"verify": False},
     ) as llm:
-        answers = greedy(llm, _PROMPTS, NEW_TOKENS)
+        rounds = [greedy(llm, _PROMPTS, NEW_TOKENS) for _ in range(2)]
         assert sum(counted(llm).statistics.relocations.values())
-    assert answers != expected
+    assert rounds != [expected] * 2
