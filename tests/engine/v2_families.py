@@ -81,12 +81,12 @@ def first_layout_alone(folder: Path) -> dict[str, Any]:
             before = self._bytes[move.target * size : (move.target + 1) * size].clone()
             applied(self, SimpleNamespace(relocations=[move], zeros=[], copies=[]))
             if move.kind is Kind.SSM:
-                kept = FAMILIES["mixed_states"].first_layout
+                kept = FAMILIES["mixed_mixed"].first_layout
                 self._bytes[move.target * size + kept : (move.target + 1) * size] = before[kept:]
         applied(self, SimpleNamespace(relocations=[], zeros=plan.zeros, copies=plan.copies))
 
     with mock.patch.object(KernelBuffer, "apply", apply):
-        return serve(folder, "mixed_states", True, avmp={"verify": False})
+        return serve(folder, "mixed_mixed", True, avmp={"verify": False})
 
 
 def refused(folder: Path) -> dict[str, str]:
