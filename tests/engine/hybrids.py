@@ -50,13 +50,13 @@ FAMILIES = {
     "qwen3_5": Family(tiny_hybrids.write_tiny_qwen3_5, 540_000),
     "kimi_linear": Family(tiny_latent.write_tiny_kimi_linear, 320_000),
     "bailing_2_5": Family(tiny_latent.write_tiny_bailing_2_5, 280_000),
-    "mixed_kv": Family(_mixed("kv"), 1_150_000, layouts=(3, 1)),
-    # Two of its four layers have 256 channels with 16 state elements, and 3 of the convolution.
-    "mixed_states": Family(
-        _mixed("states"), 1_000_000, layouts=(1, 3), first_layout=2 * 256 * (16 + 3) * 4
-    ),
+    "mixed_kv": Family(_mixed("kv"), 1_300_000, layouts=(3, 1)),
+    "mixed_states": Family(_mixed("states"), 1_100_000, layouts=(1, 3)),
     "mixed_window": Family(_mixed("window"), 1_350_000, tables=5, layouts=(4, 1)),
-    "mixed_mixed": Family(_mixed("mixed"), 1_900_000, tables=3, layouts=(4, 3)),
+    # Two of four states are 256 channels with 16 state elements, and 3 of the convolution.
+    "mixed_mixed": Family(
+        _mixed("mixed"), 1_900_000, tables=3, layouts=(4, 3), first_layout=2 * 256 * (16 + 3) * 4
+    ),
 }
 
 

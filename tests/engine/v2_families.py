@@ -35,9 +35,7 @@ def serve(folder: Path, name: str, caching: bool, **options: Any) -> dict[str, A
     memory = FAMILIES[name].tight
     v2_process.WORKLOADS[name] = (memory, LONGEST, caching, (1, COUNT, NEW_TOKENS))
     with layers_of(name):
-        return v2_process.serve(
-            name, str(folder / name), rounds=options.pop("rounds", 1 + caching), **options
-        )
+        return v2_process.serve(name, str(folder / name), rounds=1 + caching, **options)
 
 
 def window_not_resolved(folder: Path) -> dict[str, Any]:
@@ -68,7 +66,7 @@ def window_not_resolved(folder: Path) -> dict[str, Any]:
         mock.patch.object(AVMPModelRunnerV2, "initialize_kv_cache", make),
         mock.patch.object(ArenaBlockTables, "resolve", resolve),
     ):
-        return serve(folder, "mixed_window", True, rounds=1, avmp={"verify": False})
+        return serve(folder, "mixed_window", True, avmp={"verify": False})
 
 
 def first_layout_alone(folder: Path) -> dict[str, Any]:
@@ -83,12 +81,12 @@ def first_layout_alone(folder: Path) -> dict[str, Any]:
             before = self._bytes[move.target * size : (move.target + 1) * size].clone()
             applied(self, SimpleNamespace(relocations=[move], zeros=[], copies=[]))
             if move.kind is Kind.SSM:
-                kept = FAMILIES["mixed_states"].first_layout
+                kept = FAMILIES["mixed_mixed"].first_layout
                 self._bytes[move.target * size + kept : (move.target + 1) * size] = before[kept:]
         applied(self, SimpleNamespace(relocations=[], zeros=plan.zeros, copies=plan.copies))
 
     with mock.patch.object(KernelBuffer, "apply", apply):
-        return serve(folder, "mixed_states", True, rounds=1, avmp={"verify": False})
+        return serve(folder, "mixed_mixed", True, avmp={"verify": False})
 
 
 def refused(folder: Path) -> dict[str, str]:
