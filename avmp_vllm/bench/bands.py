@@ -260,10 +260,8 @@ def _run(args: argparse.Namespace) -> int:
         "counts": counts,
         "timings": {},
     }
-    if output:
-        results.write(output, result)
-        print(f"Written: {output}")
-    return int(old is not None and results.compare(args.check, old, result))
+    results.save(output, result)
+    return results.verdict(args.check, old, result)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -240,3 +240,15 @@ def compare(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> bool
         print(f"DIFFERS {place}")
     print(f"Check of {path}: {len(places)} difference(s) in the counts.")
     return bool(places)
+
+
+def save(output: Path | None, result: dict[str, Any]) -> None:
+    """Write a result where it goes, if anywhere, and say so."""
+    if output:
+        write(output, result)
+        print(f"Written: {output}")
+
+
+def verdict(check: Path | None, expected: dict[str, Any] | None, found: dict[str, Any]) -> int:
+    """Exit status of a run: 1 if it is a check and a count differs."""
+    return int(check is not None and expected is not None and compare(check, expected, found))

@@ -127,10 +127,8 @@ def _run(args: argparse.Namespace) -> int:
             "counts": {name: journal.done[name][0] for name in names},
             "timings": {name: journal.done[name][1] for name in names},
         }
-        if output:
-            results.write(output, result)
-            print(f"Written: {output}")
-    return int(expected is not None and results.compare(args.check, expected, result))
+        results.save(output, result)
+    return results.verdict(args.check, expected, result)
 
 
 def run(args: argparse.Namespace) -> int:

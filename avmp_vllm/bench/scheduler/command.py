@@ -324,10 +324,8 @@ def _run(args: argparse.Namespace) -> int:
             "counts": counts,
             "timings": timings,
         }
-        if output:
-            results.write(output, result)
-            print(f"Written: {output}")
-    return int(expected is not None and results.compare(args.check, expected, result))
+        results.save(output, result)
+    return results.verdict(args.check, expected, result)
 
 
 def run(args: argparse.Namespace) -> int:
