@@ -279,7 +279,7 @@ def without_rows() -> Any:
     made = ArenaBlockTables.__init__
 
     def make(self: Any, *args: Any, **kwargs: Any) -> None:
-        made(self, *args, **{**kwargs, "keep_rows": False})
+        made(self, *args, **{**kwargs, "keep_rows": [False] * len(kwargs["keep_rows"])})
 
     return mock.patch.object(ArenaBlockTables, "__init__", make)
 
