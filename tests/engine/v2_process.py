@@ -260,12 +260,25 @@ def one_token_off() -> Any:
     return mock.patch.object(ChunkSaves, "of_handles", wrong)
 
 
-def broken(model: str, *patches: Any, name: str = "cache", **avmp: Any) -> dict[str, Any]:
+def broken(
+    model: str,
+    *patches: Any,
+    name: str = "cache",
+    rounds: int = 1,
+    step_tokens: int = 256,
+    **avmp: Any,
+) -> dict[str, Any]:
     """Serve a workload with something left out; checks that would notice it are off."""
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
-        return serve(name, model, rounds=1, avmp={"verify": False, **avmp})
+        return serve(
+            name,
+            model,
+            rounds=rounds,
+            max_num_batched_tokens=step_tokens,
+            avmp={"verify": False, **avmp},
+        )
 
 
 def without_rows() -> Any:
@@ -601,9 +614,10 @@ def scenarios(
         "graph_profiling": lambda: graph_profiling(jamba),
         "no_table_writes": lambda: broken(jamba, write_nothing),
         "no_copies": lambda: broken(jamba, move_nothing),
-        "no_rows": lambda: broken(jamba, without_rows()),
+        # In short steps, so that running states move on to other blocks.
+        "no_rows": lambda: broken(jamba, without_rows(), step_tokens=64),
         "handles_no_table_writes": lambda: broken(
-            short, write_nothing, name="handles", kernels="handles"
+            short, write_nothing, name="handles", rounds=2, kernels="handles"
         ),
         "corrupted": lambda: corrupted(short),
         "unchecked": lambda: unchecked(short, "resolved"),
