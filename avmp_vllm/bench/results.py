@@ -15,6 +15,7 @@ one. While a run lasts, its finished cells stand in a journal, from which it can
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -240,6 +241,49 @@ def compare(path: Path, expected: dict[str, Any], found: dict[str, Any]) -> bool
         print(f"DIFFERS {place}")
     print(f"Check of {path}: {len(places)} difference(s) in the counts.")
     return bool(places)
+
+
+def add_arguments(
+    parser: argparse.ArgumentParser, benchmark: str, check: str = "run again and compare"
+) -> None:
+    """Add ``--output`` and ``--check``.
+
+    Args:
+        parser: Of the benchmark's command.
+        benchmark: Its name, which is that of its result file.
+        check: What ``--check`` does.
+    """
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=f"result file (default {default_output(benchmark)}; with --check: none)",
+    )
+    parser.add_argument("--check", type=Path, metavar="FILE", help=check)
+
+
+def default_output(benchmark: str) -> Path:
+    """Where a benchmark's result goes if nobody says otherwise."""
+    return Path(".bench", f"{benchmark}.json")
+
+
+def begin(args: argparse.Namespace, benchmark: str) -> tuple[Path | None, dict[str, Any] | None]:
+    """Where the result goes, if anywhere, and the result to check, if there is one.
+
+    Raises:
+        InputError: The result to check is none of this benchmark's.
+    """
+    if args.check:
+        return args.output, read(args.check, benchmark)
+    return args.output or default_output(benchmark), None
+
+
+def record(
+    benchmark: str, environment: dict[str, Any], parameters: dict[str, Any], **outcome: Any
+) -> dict[str, Any]:
+    """A whole result; ``outcome`` has ``counts``, ``timings`` and what else a benchmark keeps."""
+    head = {"format": FORMAT, "benchmark": benchmark}
+    return {**head, "environment": environment, "parameters": parameters, **outcome}
 
 
 def save(output: Path | None, result: dict[str, Any]) -> None:

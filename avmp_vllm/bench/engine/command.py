@@ -109,15 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one engine at a time, started anew for every round (default: keep them if the "
         "memory that is free holds all)",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default .bench/engine.json; with --check: none)",
-    )
-    parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="run a result file again and compare the tokens"
-    )
+    results.add_arguments(parser, BENCHMARK, "run a result file again and compare the tokens")
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -408,11 +400,11 @@ def result_of(job: Job) -> dict[str, Any]:
 
 def _run(args: argparse.Namespace) -> int:
     cuda = on_cuda()
-    old = results.read(args.check, BENCHMARK) if args.check else None
+    output, old = results.begin(args, BENCHMARK)
     if old is None:
-        parameters, output = _parameters(args, cuda), args.output or Path(".bench/engine.json")
+        parameters = _parameters(args, cuda)
     else:
-        parameters, output = old["parameters"], args.output
+        parameters = old["parameters"]
         if parameters["platform"] != ("cuda" if cuda else "cpu"):
             raise InputError(args.check, None, f"was run on {parameters['platform']}, not as here")
     if not cuda:
@@ -433,12 +425,9 @@ def _run(args: argparse.Namespace) -> int:
         for line in report.lines(job.workloads, rounds, heads):
             print(line)
         result = result_of(job)
-        if output is not None:
-            results.write(output, result)
-            print(f"Written: {output}")
+        results.save(output, result)
     different = any(report.differing(one, rounds[one.name]) for one in job.workloads)
-    differs = old is not None and results.compare(args.check, old, result)
-    return int(different or differs)
+    return int(different) | results.verdict(args.check, old, result)
 
 
 def run(args: argparse.Namespace) -> int:

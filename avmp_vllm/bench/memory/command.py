@@ -69,13 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-dtype", default="auto")
     parser.add_argument("--no-calls", action="store_true", help="leave the driver's calls out")
     parser.add_argument("--rounds", type=int, default=7, help="of the driver's calls (7)")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default .bench/memory.json; with --check: none)",
-    )
-    parser.add_argument("--check", type=Path, metavar="FILE", help="run again and compare")
+    results.add_arguments(parser, BENCHMARK)
 
 
 _PARAMETERS = [
@@ -257,12 +251,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.models is None:
         args.models = [str(path) for path in sorted(SHIPPED.glob("*.json"))]
     parameters = {name: getattr(args, name) for name in _PARAMETERS}
-    expected, output = None, args.output
-    if args.check:
-        expected = results.read(args.check, BENCHMARK)
+    output, expected = results.begin(args, BENCHMARK)
+    if expected is not None:
         parameters = expected["parameters"]
-    elif output is None:
-        output = Path(".bench/memory.json")
     _validate(parameters)
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         counts = measure_backed(parameters, journal)
@@ -271,15 +262,14 @@ def _run(args: argparse.Namespace) -> int:
         if not args.no_calls and not args.check:
             timings = measure_calls(args.rounds)
             print("\n\n".join(["", *report_calls(timings)]))
-        result = {
-            "format": results.FORMAT,
-            "benchmark": BENCHMARK,
-            "environment": results.environment(parameters["seed"]),
-            "parameters": parameters,
-            "titles": TITLES,
-            "counts": counts,
-            "timings": timings,
-        }
+        result = results.record(
+            BENCHMARK,
+            results.environment(parameters["seed"]),
+            parameters,
+            titles=TITLES,
+            counts=counts,
+            timings=timings,
+        )
         results.save(output, result)
     return results.verdict(args.check, expected, result)
 

@@ -58,15 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"sweep to reproduce, repeatable (default: {', '.join(DEFAULT_SWEEPS)})",
     )
     parser.add_argument("--full", action="store_true", help="reproduce every published sweep")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default: .bench/paper.json; with --check: none)",
-    )
-    parser.add_argument(
-        "--check", type=Path, metavar="FILE", help="run a result file again and compare the counts"
-    )
+    results.add_arguments(parser, BENCHMARK, "run a result file again and compare the counts")
 
 
 class Job:
@@ -235,17 +227,16 @@ def _result(job: Job) -> dict[str, Any]:
 def _run(args: argparse.Namespace) -> int:
     folder = _find_folder(args)
     sharegpt = _sharegpt_counts(args, folder)
-    old = results.read(args.check, BENCHMARK) if args.check else None
+    output, old = results.begin(args, BENCHMARK)
     if old is None:
         parameters = _parameters(args, sharegpt is not None)
-        output = args.output or Path(".bench/paper.json")
     else:
-        parameters, output = old["parameters"], args.output
+        parameters = old["parameters"]
         if parameters["sharegpt"] and sharegpt is None:
             raise InputError(args.check, None, "holds ShareGPT cells: name their --sharegpt FILE")
     if folder is None and parameters["sharegpt"] is False:
         print("ShareGPT cells are left out: no --sharegpt FILE.", file=sys.stderr)
-    beside = output or args.check.with_name(args.check.name + ".check")
+    beside = results.journal_of(output, args.check)
     identity = {"source": results.source_commit(), "parameters": parameters}
     journal = results.Journal(beside, identity)
     if journal.resumed:
@@ -268,9 +259,7 @@ def _run(args: argparse.Namespace) -> int:
     if "correct" in parameters["parts"]:
         _print_correction(job)
     result = _result(job)
-    if output is not None:
-        results.write(output, result)
-        print(f"Written: {output}")
+    results.save(output, result)
     journal.remove()
     status = 1 if any(verdict.mismatches for verdict in verdicts) else 0
     if old is not None:

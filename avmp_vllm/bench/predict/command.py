@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an answer grows by a token every so many ms, and is learned when it ends (30); 0: "
         "learned before the next request arrives",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default .bench/predict.json; with --check: none)",
-    )
-    parser.add_argument("--check", type=Path, metavar="FILE", help="run again and compare")
+    results.add_arguments(parser, BENCHMARK)
 
 
 def _validate(parameters: Mapping[str, Any]) -> None:
@@ -103,12 +96,9 @@ def run_trace(load: answers.Load, longest: int, token_seconds: float) -> dict[st
 
 def _run(args: argparse.Namespace) -> int:
     parameters = {name: getattr(args, name) for name in _PARAMETERS}
-    expected, output = None, args.output
-    if args.check:
-        expected = results.read(args.check, BENCHMARK)
+    output, expected = results.begin(args, BENCHMARK)
+    if expected is not None:
         parameters = expected["parameters"]
-    elif output is None:
-        output = Path(".bench/predict.json")
     _validate(parameters)
     names = list(dict.fromkeys(parameters["trace"]))
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
@@ -119,14 +109,13 @@ def _run(args: argparse.Namespace) -> int:
                 journal.add(name, [found, costs(load, parameters["longest"])])
             report.show(name, *journal.done[name])
         report.show_published()
-        result = {
-            "format": results.FORMAT,
-            "benchmark": BENCHMARK,
-            "environment": results.environment(parameters["seed"]),
-            "parameters": parameters,
-            "counts": {name: journal.done[name][0] for name in names},
-            "timings": {name: journal.done[name][1] for name in names},
-        }
+        result = results.record(
+            BENCHMARK,
+            results.environment(parameters["seed"]),
+            parameters,
+            counts={name: journal.done[name][0] for name in names},
+            timings={name: journal.done[name][1] for name in names},
+        )
         results.save(output, result)
     return results.verdict(args.check, expected, result)
 

@@ -75,13 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cut-ms", type=float, default=8.0, help="and spent: of a cut (8)")
     parser.add_argument("--verify", action="store_true", help="check the books every 500 requests")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default .bench/prefix.json; with --check: none)",
-    )
-    parser.add_argument("--check", type=Path, metavar="FILE", help="run again and compare")
+    results.add_arguments(parser, BENCHMARK)
 
 
 _PARAMETERS = [
@@ -334,29 +328,25 @@ def report(shape: ModelShape, parameters: dict[str, Any], counts: dict[str, Any]
 
 def _run(args: argparse.Namespace) -> int:
     parameters = {name: getattr(args, name) for name in _PARAMETERS}
-    expected, output = None, args.output
-    if args.check:
-        expected = results.read(args.check, BENCHMARK)
+    output, expected = results.begin(args, BENCHMARK)
+    if expected is not None:
         parameters = _EARLIER | expected["parameters"]
-    elif output is None:
-        output = Path(".bench/prefix.json")
     _validate(parameters)
     shape = read_shape(parameters["model"]).with_state_dtype(parameters["state_dtype"])
     sizes = Sizes.of(shape, parameters["kv_dtype"])
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         counts, timings = measure(sizes, parameters, journal, args.verify)
         print("\n\n".join(report(shape, parameters, counts)))
-        result = {
-            "format": results.FORMAT,
-            "benchmark": BENCHMARK,
-            "environment": results.environment(parameters["seed"]),
-            "parameters": parameters,
-            "shape": shape.as_json(),
-            "sizes": asdict(sizes),
-            "titles": {name: CACHES[name].title for name in counts["caches"]},
-            "counts": counts,
-            "timings": timings,
-        }
+        result = results.record(
+            BENCHMARK,
+            results.environment(parameters["seed"]),
+            parameters,
+            shape=shape.as_json(),
+            sizes=asdict(sizes),
+            titles={name: CACHES[name].title for name in counts["caches"]},
+            counts=counts,
+            timings=timings,
+        )
         results.save(output, result)
     return results.verdict(args.check, expected, result)
 

