@@ -24,7 +24,7 @@ stock          stock vLLM's plan for layers of several layouts
 
 from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
 from avmp_vllm.core.extents import Extents, Stage
-from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, KVLayer, PageGroup, SSMLayer
+from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, PageGroup
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
 from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
@@ -39,12 +39,10 @@ __all__ = [
     "Extents",
     "Geometry",
     "InvariantViolation",
-    "KVLayer",
     "Kind",
     "MovePlan",
     "PageGroup",
     "Relocation",
-    "SSMLayer",
     "Save",
     "Stage",
     "Statistics",

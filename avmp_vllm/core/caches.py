@@ -6,20 +6,19 @@ layers into tables and place them by ``tables.py``.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import dataclass
 from math import lcm
 
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
-from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, Geometry, PageGroup, ceil_div
+from avmp_vllm.core.geometry import Geometry, PageGroup, ceil_div
 from avmp_vllm.core.tables import (
-    LAYOUT_ALIGNMENT,
     Layout,
     Role,
     Table,
+    arena_geometry,
     by_need,
     even_parts,
-    place,
     round_up,
 )
 
@@ -167,26 +166,12 @@ class Layers:
         Raises:
             ArenaTooSmall: Not even one page of each kind.
         """
-        tables = self.tables(page_tokens, load)
-        first, *more = (table.group for table in tables)
         states = [
             Layout(round_up(cache.entry_bytes, STATE_ALIGNMENT), cache.layers)
             for cache in self.states
         ]
-        return Geometry(
-            arena_bytes,
-            widest_page(tables, alignment),
-            round_up(place(states)[1], BLOCK_ALIGNMENT),
-            first.page_tokens,
-            tuple(more),
-        )
+        return arena_geometry(arena_bytes, self.tables(page_tokens, load), states, alignment)
 
     def sequence_bytes(self, tokens: int, states: int) -> int:
         """Bytes of a sequence with neither pages nor padding."""
         return sum(cache.sequence_bytes(tokens, states) for cache in self.caches)
-
-
-def widest_page(tables: Sequence[Table], alignment: int) -> int:
-    """Bytes of a KV page that holds the layers of any of the tables."""
-    widest = max(place(table.layouts)[1] for table in tables)
-    return round_up(widest, lcm(LAYOUT_ALIGNMENT, alignment))

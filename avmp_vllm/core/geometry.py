@@ -13,7 +13,6 @@ Index 0 of both views is vLLM's null block, so bytes ``[0, max(F, B))`` are neve
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,28 +24,6 @@ BLOCK_ALIGNMENT = 128
 
 class ArenaTooSmall(ValueError):
     """The arena cannot hold the null bytes and one request of the longest length."""
-
-
-@dataclass(frozen=True)
-class KVLayer:
-    """One full-attention layer of this rank.
-
-    Args:
-        token_bytes: Bytes of one token's keys and values in this layer.
-    """
-
-    token_bytes: int
-
-
-@dataclass(frozen=True)
-class SSMLayer:
-    """One SSM layer of this rank.
-
-    Args:
-        state_bytes: Bytes of one sequence's convolution and SSM state in this layer.
-    """
-
-    state_bytes: int
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -105,20 +82,6 @@ class Geometry:
                 f"an arena of {self.arena_bytes} bytes holds no page of each kind: "
                 f"about {least} bytes are the least"
             )
-
-    @classmethod
-    def from_layers(
-        cls,
-        arena_bytes: int,
-        kv_layers: Sequence[KVLayer],
-        ssm_layers: Sequence[SSMLayer],
-        page_tokens: int = 16,
-    ) -> Geometry:
-        """Build the geometry of one rank from its layers."""
-        page = page_tokens * sum(layer.token_bytes for layer in kv_layers)
-        block = sum(layer.state_bytes for layer in ssm_layers)
-        block = ceil_div(block, BLOCK_ALIGNMENT) * BLOCK_ALIGNMENT
-        return cls(arena_bytes, page, block, page_tokens)
 
     @cached_property
     def groups(self) -> tuple[PageGroup, ...]:

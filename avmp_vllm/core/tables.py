@@ -15,9 +15,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from math import lcm
 from typing import NamedTuple, TypeVar
 
-from avmp_vllm.core.geometry import PageGroup, ceil_div
+from avmp_vllm.core.geometry import BLOCK_ALIGNMENT, Geometry, PageGroup, ceil_div
 
 #: Pages, and layouts inside of them, start on this boundary (bytes), which covers every dtype.
 LAYOUT_ALIGNMENT = 16
@@ -145,6 +146,31 @@ def even_parts(tables: Sequence[Table]) -> list[int]:
             number = sum(parts)
             found.append((width * held * (1 + TABLE_COST * number), number, parts))
     return min(found)[-1]
+
+
+def arena_geometry(
+    arena_bytes: int, tables: Sequence[Table], states: Sequence[Layout], alignment: int = 1
+) -> Geometry:
+    """Geometry of an arena over a rank's layers.
+
+    Args:
+        arena_bytes: Bytes of the arena.
+        tables: Block tables of KV pages, the first with a slot for every token.
+        states: Layouts of the states.
+        alignment: What the bytes of a KV page must be a multiple of besides.
+
+    Raises:
+        ValueError: Not even one page of each kind.
+    """
+    first, *more = (table.group for table in tables)
+    widest = max(place(table.layouts)[1] for table in tables)
+    return Geometry(
+        arena_bytes,
+        round_up(widest, lcm(LAYOUT_ALIGNMENT, alignment)),
+        round_up(place(states)[1], BLOCK_ALIGNMENT),
+        first.page_tokens,
+        tuple(more),
+    )
 
 
 def _width(tables: Sequence[Table]) -> int:

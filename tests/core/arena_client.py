@@ -14,9 +14,24 @@ from avmp_vllm.core import (
     Arena,
     Geometry,
     Kind,
+    PageGroup,
     Relocation,
     kind_of,
 )
+from avmp_vllm.core.tables import Layout, Table, arena_geometry
+
+
+def plain_geometry(arena_bytes: int, kv: Layout, ssm: Layout, page_tokens: int = 16) -> Geometry:
+    """An arena over one layout of each kind.
+
+    Args:
+        arena_bytes: Bytes of the arena.
+        kv: Attention layers, by the bytes of a token.
+        ssm: SSM layers, by the bytes of a state.
+        page_tokens: Tokens of a page.
+    """
+    page = Layout(kv.layer_bytes * page_tokens, kv.layers)
+    return arena_geometry(arena_bytes, [Table((page,), PageGroup(page_tokens))], [ssm])
 
 
 class NaiveModel:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 
 import pytest
+from arena_client import plain_geometry
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avmp_vllm.core import AllocationFailure, Arena, ArenaTooSmall, Geometry, KVLayer, SSMLayer
+from avmp_vllm.core import AllocationFailure, Arena, ArenaTooSmall, Geometry
+from avmp_vllm.core.tables import Layout
 
 
 def test_jamba_3b_by_hand() -> None:
     """Two MQA layers of one 128-wide bf16 head; 26 Mamba layers, fp32 state, bf16 convolution."""
-    geometry = Geometry.from_layers(
-        1 << 30,
-        [KVLayer(2 * 128 * 2)] * 2,
-        [SSMLayer(5120 * 16 * 4 + 5120 * 3 * 2)] * 26,
+    geometry = plain_geometry(
+        1 << 30, Layout(2 * 128 * 2, 2), Layout(5120 * 16 * 4 + 5120 * 3 * 2, 26)
     )
     assert geometry.page_bytes == 16 * 1024
     assert geometry.block_bytes == 9_318_400
@@ -26,16 +26,16 @@ def test_jamba_3b_by_hand() -> None:
 
 
 def test_blocks_are_rounded_up_to_128_bytes_and_pages_are_not() -> None:
-    geometry = Geometry.from_layers(100_000, [KVLayer(3)] * 3, [SSMLayer(129)] * 3, 16)
+    geometry = plain_geometry(100_000, Layout(3, 3), Layout(129, 3), 16)
     assert geometry.page_bytes == 16 * 9
     assert geometry.block_bytes == 512
 
 
 def test_halving_the_bytes_of_a_token_halves_the_page() -> None:
     """vLLM #55196: fp8 keys and values gained nothing on hybrids, as the page was inflated back."""
-    states = [SSMLayer(1 << 20)] * 8
-    bf16 = Geometry.from_layers(1 << 28, [KVLayer(2048)] * 2, states)
-    fp8 = Geometry.from_layers(1 << 28, [KVLayer(1024)] * 2, states)
+    states = Layout(1 << 20, 8)
+    bf16 = plain_geometry(1 << 28, Layout(2048, 2), states)
+    fp8 = plain_geometry(1 << 28, Layout(1024, 2), states)
     assert fp8.page_bytes * 2 == bf16.page_bytes
     assert fp8.block_bytes == bf16.block_bytes
 

@@ -5,37 +5,36 @@ from __future__ import annotations
 import random
 
 import pytest
-from arena_client import Client, NaiveModel
+from arena_client import Client, NaiveModel, plain_geometry
 
-from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind, KVLayer, SSMLayer
+from avmp_vllm.core import AllocationFailure, Arena, Geometry, Kind
+from avmp_vllm.core.tables import Layout
 
 BF16, FP8, FP32 = 2, 1, 4
 
 
-def attention(layers: int, kv_heads: int, head: int, itemsize: int = BF16) -> list[KVLayer]:
-    """Layers that keep keys and values."""
-    return [KVLayer(2 * kv_heads * head * itemsize)] * layers
+def attention(layers: int, kv_heads: int, head: int, itemsize: int = BF16) -> Layout:
+    """Layers that keep keys and values; bytes of a token."""
+    return Layout(2 * kv_heads * head * itemsize, layers)
 
 
-def mamba1(layers: int, inner: int, state: int, itemsize: int) -> list[SSMLayer]:
+def mamba1(layers: int, inner: int, state: int, itemsize: int) -> Layout:
     """Mamba layers with a convolution over 4 steps, kept in bf16."""
-    return [SSMLayer(inner * state * itemsize + inner * 3 * BF16)] * layers
+    return Layout(inner * state * itemsize + inner * 3 * BF16, layers)
 
 
-def heads(
-    layers: int, count: int, key: int, value: int, conv: int, itemsize: int
-) -> list[SSMLayer]:
+def heads(layers: int, count: int, key: int, value: int, conv: int, itemsize: int) -> Layout:
     """Mamba-2, GDN or KDA layers: a matrix a head, and a convolution of ``conv`` channels."""
-    return [SSMLayer(count * key * value * itemsize + conv * 3 * BF16)] * layers
+    return Layout(count * key * value * itemsize + conv * 3 * BF16, layers)
 
 
 #: Published layer shapes (config.json of each model; the names say which one it is like).
-MODELS: dict[str, tuple[list[KVLayer], list[SSMLayer], int]] = {
+MODELS: dict[str, tuple[Layout, Layout, int]] = {
     "jamba-3b": (attention(2, 1, 128), mamba1(26, 5120, 16, FP32), 16),
     "jamba-1.5-mini": (attention(4, 8, 128), mamba1(28, 8192, 16, BF16), 16),
     "qwen3.5-35b": (attention(10, 2, 256), heads(30, 32, 128, 128, 8192, BF16), 16),
     "qwen3.5-35b-fp32-fp8": (attention(10, 2, 256, FP8), heads(30, 32, 128, 128, 8192, FP32), 16),
-    "kimi-linear": ([KVLayer(576 * BF16)] * 7, heads(20, 32, 128, 128, 12288, FP32), 16),
+    "kimi-linear": (Layout(576 * BF16, 7), heads(20, 32, 128, 128, 12288, FP32), 16),
     "nemotron-3-nano": (attention(6, 2, 128), heads(23, 64, 64, 128, 6144, FP32), 16),
     "granite-4-h-small": (attention(4, 8, 128), heads(36, 128, 64, 128, 8448, BF16), 16),
     "falcon-h1-7b": (attention(44, 2, 128), heads(44, 24, 128, 256, 3584, BF16), 16),
@@ -67,17 +66,17 @@ STOCK_BLOCKS = {
 def geometry_of(model: str, sequences: int) -> Geometry:
     """A scaled-down arena: exact pages and blocks, room for so many sequences of 512 tokens."""
     kv, ssm, page_tokens = MODELS[model]
-    sizes = Geometry.from_layers(1 << 60, kv, ssm, page_tokens)
+    sizes = plain_geometry(1 << 60, kv, ssm, page_tokens)
     each = sizes.block_bytes + sizes.pages_for(512) * sizes.page_bytes
     size = sizes.null_bytes + sequences * each + 12_345
-    return Geometry.from_layers(size, kv, ssm, page_tokens)
+    return plain_geometry(size, kv, ssm, page_tokens)
 
 
 @pytest.mark.parametrize("model", BLOCK_BYTES)
 def test_shapes_are_those_that_stock_inflates_to_its_published_blocks(model: str) -> None:
     kv, ssm, _ = MODELS[model]
     assert geometry_of(model, 8).block_bytes == BLOCK_BYTES[model]
-    state, token = ssm[0].state_bytes, kv[0].token_bytes
+    state, token = ssm.layer_bytes, kv.layer_bytes
     assert -(-state // (16 * token)) * 16 == STOCK_BLOCKS[model]
 
 

@@ -33,7 +33,7 @@ from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
 from avmp_vllm.engine.layout.groups import REFUSED, ROLES, first_spec, sort_layers
 from avmp_vllm.engine.layout.limits import refuse_drafts
-from avmp_vllm.engine.layout.split import even_pages
+from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
 
 
 @dataclass
@@ -232,26 +232,12 @@ def test_any_mixture_has_a_layout(kinds):
     geometry = config.geometry
     tokens = 4096
     held = geometry.pages_for(tokens) * geometry.page_bytes
-    bound = sum(
-        table.page_bytes * (-(-tokens // 16) if most is None else min(-(-tokens // size), most))
-        for table, size, most in _needs(specs)
-    )
-    assert held >= bound
-    whole = max(table.page_bytes for table, *_ in _needs(specs)) * sum(
-        -(-tokens // size) if most is None else min(-(-tokens // size), most)
-        for _, size, most in _needs(specs)
-    )
-    few, many = len(list(_needs(specs))), len(geometry.groups)  # tables, whole and split
-    allowed = (1 + TABLE_COST * few) / (1 + TABLE_COST * many)
+    needed = [in_cores_terms(table, Sizes()) for table in sort_layers(specs)[:-1]]
+    pages = [table.group.pages_for(tokens) for table in needed]
+    assert held >= sum(t.page_bytes * n for t, n in zip(needed, pages, strict=True))
+    whole = max(table.page_bytes for table in needed) * sum(pages)
+    allowed = (1 + TABLE_COST * len(needed)) / (1 + TABLE_COST * len(geometry.groups))
     assert held <= whole * allowed + 16 * geometry.pages_for(tokens)
-
-
-def _needs(specs):
-    from avmp_vllm.engine.layout.limits import most_pages
-
-    for table in sort_layers(specs)[:-1]:
-        spec = next(iter(table.specs.values()))
-        yield table, spec.block_size, most_pages(Sizes(), table.role, spec)
 
 
 def test_control_an_offset_forgotten_is_seen():

@@ -94,6 +94,21 @@ def test_every_floor_of_the_engine_is_known_here():
     assert files == {"__init__.py"}, "a file belongs to a floor"
 
 
+LISTED = ["core", "backing", "predict", *(f"engine/{floor}" for floor in ENGINE)]
+
+
+@pytest.mark.parametrize("folder", LISTED)
+def test_a_folder_lists_its_files(folder):
+    """The table at the head of a folder names each of its files, by a word of its left column."""
+    path = ROOT / "avmp_vllm" / folder
+    head = ast.get_docstring(ast.parse((path / "__init__.py").read_text())) or ""
+    table = head.split("\n=")[1:-1]
+    rows = [row for part in table for row in part.splitlines()[1:] if not row.startswith(" ")]
+    listed = {word.strip(",") for row in rows for word in row.split("  ")[0].split()}
+    files = {file.stem for file in path.glob("*.py")} - {"__init__"}
+    assert files <= listed, f"not in the table: {sorted(files - listed)}"
+
+
 def test_no_file_of_the_engine_is_long():
     for path in (ROOT / "avmp_vllm/engine").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 400, path

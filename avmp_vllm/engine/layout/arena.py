@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor
 
-from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, PageGroup
+from avmp_vllm.core import ArenaTooSmall, Geometry, Kind
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
-from avmp_vllm.core.geometry import BLOCK_ALIGNMENT
-from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, Layout, Role, place, round_up
+from avmp_vllm.core.tables import Layout, Role, arena_geometry, place, round_up
 from avmp_vllm.engine.entry.config import ConfigError, selected
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
-from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, most_pages, refuse_drafts
-from avmp_vllm.engine.layout.split import even_pages
+from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, refuse_drafts
+from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -116,18 +115,12 @@ def arena_config(
     """
     tables = even_pages(sort_layers(specs), vllm_config)
     *paged, states = tables
-    slots, *more = (
-        PageGroup(spec.block_size, most_pages(vllm_config, table.role, spec))
-        for table in paged
-        for spec in (next(iter(table.specs.values())),)
-    )
     try:
-        geometry = Geometry(
+        geometry = arena_geometry(
             arena_bytes,
-            round_up(max(map(_bytes, paged)), _page_alignment(paged)),
-            round_up(_bytes(states), BLOCK_ALIGNMENT),
-            slots.page_tokens,
-            tuple(more),
+            [in_cores_terms(table, vllm_config) for table in paged],
+            _layouts(states),
+            lcm(*(s.get_block_stride_alignment() for t in paged for s in t.specs.values())),
         )
     except ValueError as error:  # No bytes at all, or fewer than a page of each kind.
         raise ArenaTooSmall(
@@ -170,15 +163,3 @@ def _placed(table: Layers) -> Iterator[tuple[int, KVCacheSpec, list[str]]]:
     offsets, _ = place(_layouts(table))
     for offset, (spec, names) in zip(offsets, table.layouts(), strict=True):
         yield offset, spec, names
-
-
-def _bytes(table: Layers) -> int:
-    """Bytes of a page of all layers of a block table."""
-    return place(_layouts(table))[1]
-
-
-def _page_alignment(paged: list[Layers]) -> int:
-    """What the bytes of a KV page must be a multiple of."""
-    return lcm(
-        LAYOUT_ALIGNMENT, *(s.get_block_stride_alignment() for t in paged for s in t.specs.values())
-    )

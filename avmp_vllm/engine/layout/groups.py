@@ -97,11 +97,6 @@ class Layers:
     role: Role
     specs: Mapping[str, KVCacheSpec]
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page of all of them."""
-        return sum(spec.page_size_bytes for spec in self.specs.values())
-
     def layouts(self) -> Iterable[tuple[KVCacheSpec, list[str]]]:
         """Layers of equal spec, which one tensor describes."""
         names: dict[KVCacheSpec, list[str]] = {}

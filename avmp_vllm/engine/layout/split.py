@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def even_pages(tables: Sequence[Layers], vllm_config: VllmConfig) -> list[Layers]:
     """Split KV tables where that spares padding; the last table, the states, stays as it is."""
     *paged, states = tables
-    numbers = even_parts([_table(layers, vllm_config) for layers in paged])
+    numbers = even_parts([in_cores_terms(layers, vllm_config) for layers in paged])
     parts = (
         part
         for layers, number in zip(paged, numbers, strict=True)
@@ -27,7 +27,7 @@ def even_pages(tables: Sequence[Layers], vllm_config: VllmConfig) -> list[Layers
     return [*parts, states]
 
 
-def _table(layers: Layers, vllm_config: VllmConfig) -> Table:
+def in_cores_terms(layers: Layers, vllm_config: VllmConfig) -> Table:
     """Layers that share a block table, in the core's terms."""
     layouts = [Layout(spec.page_size_bytes, len(names)) for spec, names in layers.layouts()]
     spec = next(iter(layers.specs.values()))
