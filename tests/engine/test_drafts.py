@@ -115,7 +115,7 @@ def test_drafts_equal_stock(monkeypatch, drafting_model, stock, moving):
         avmp = serve(monkeypatch, drafting_model, AMPLE, {})
     for what in ("answers", "drafts", "drafted", "accepted"):
         assert avmp[what] == stock[what], what
-    assert len(stock["drafts"]) > 100
+    assert sum(min(draft) >= 0 for draft in stock["drafts"].values()) > 100
     assert 0 < stock["accepted"] < stock["drafted"]
     if moving:
         statistics = avmp["did"].statistics

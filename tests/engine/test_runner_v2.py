@@ -254,10 +254,12 @@ def test_control_a_state_published_for_the_end_of_its_block_changes_answers(
 def test_drafts_equal_stock(done):
     """Tokens, and every draft: a wrong state behind a rejected token would change only the next."""
     stock, avmp = done["drafts_stock"], done["drafts"]
+    assert sum(max(draft) >= 0 for draft in stock["drafts"].values()) > 100
     assert avmp["answers"] == stock["answers"]
     assert avmp["drafts"] == stock["drafts"]
     assert 0 < avmp["accepted"] < avmp["drafted"] == stock["drafted"]
     assert avmp["accepted"] == stock["accepted"]
+    assert avmp["hits"] > 0
     assert avmp["migrations"] > 0
     assert avmp["relocations"] > 0
 

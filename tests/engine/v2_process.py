@@ -38,8 +38,8 @@ from enginelib import (
 )
 from triton.runtime.interpreter import GridExecutor
 from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.worker import mamba_utils
+from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
@@ -160,14 +160,17 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
         avmp: AVMP's options, None for stock vLLM.
     """
     drafts: dict[str, list[int]] = {}
-    update = Scheduler.update_draft_token_ids
+    engines: list[Any] = []
+    hand_over = DraftTokensHandler.set_draft_tokens
 
-    def noting(self: Scheduler, made: Any) -> None:
-        for name, draft in zip(made.req_ids, made.draft_token_ids, strict=True):
-            if name in self.requests and max(draft, default=-1) >= 0:
-                # By what the request has so far, which names it in any engine.
-                drafts[str(list(self.requests[name].all_token_ids))] = list(draft)
-        update(self, made)
+    def noting(self: Any, batch: Any, made: torch.Tensor) -> None:
+        # The scheduler gets placeholders: the drafts themselves stay on the device.
+        requests = scheduler_of(engines[0]).requests if engines else {}
+        for name, draft in zip(batch.req_ids, made.tolist(), strict=True):
+            if name in requests:
+                # By the request's number and length, which name it in any engine.
+                drafts[f"{name.split('-')[0]} at {requests[name].num_tokens}"] = draft
+        hand_over(self, batch, made)
 
     rng = random.Random(3)
     again = tokens(rng, 40)
@@ -178,18 +181,20 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
     with (
         cuda_mamba_layers(),
-        mock.patch.object(Scheduler, "update_draft_token_ids", noting),
+        mock.patch.object(DraftTokensHandler, "set_draft_tokens", noting),
         engine(
             model,
             avmp=avmp,
-            kv_cache_memory_bytes=4_000_000 if avmp is None else 420_000,
+            kv_cache_memory_bytes=4_000_000 if avmp is None else 500_000,
             max_model_len=320,
             max_num_seqs=3,
             enable_prefix_caching=True,
             speculative_config={**ngram, "prompt_lookup_max": 3},
         ) as llm,
     ):
-        answers = [greedy(llm, prompts, 16, temperature=0) for _ in range(2)]
+        engines.append(llm)
+        # Backwards the second time: what was cached last is asked for before it is evicted.
+        answers = [greedy(llm, asked, 16, temperature=0) for asked in (prompts, prompts[::-1])]
         counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
         result = {
             "answers": answers,
