@@ -42,11 +42,6 @@ class Sizes:
     kv_blocks: int
     state_blocks: int
 
-    @property
-    def block_pages(self) -> int:
-        """Pages of ``PAGE`` tokens in one of stock's blocks."""
-        return self.block_tokens // PAGE
-
     @classmethod
     def of(cls, shape: ModelShape, kv_dtype: str = "auto") -> Sizes:
         """Sizes of a model."""

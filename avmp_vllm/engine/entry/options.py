@@ -125,13 +125,14 @@ def refuse(vllm_config: VllmConfig) -> None:
                 f"{refusal.why}. Remove it, or use --block-manager default."
             )
     config = selected(vllm_config.additional_config)
-    if config is not None and config.kernels == "handles" and not vllm_config.use_v2_model_runner:
+    by_handle = config is not None and config.kernels == "handles"
+    if by_handle and not vllm_config.use_v2_model_runner:
         raise ConfigError(
             "kernels = 'handles' needs Model Runner V2, which runs on CUDA: set kernels to "
             "'resolved', or unset VLLM_USE_V2_MODEL_RUNNER if it is 0"
         )
     drafts = vllm_config.speculative_config
-    if config is not None and config.kernels == "handles" and drafts is not None:
+    if by_handle and drafts is not None:
         raise ConfigError(
             f"kernels = 'handles' does not work with --speculative-config {drafts.method}: its "
             "kernels read one state a request; set kernels to 'resolved'"
