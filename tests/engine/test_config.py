@@ -255,6 +255,18 @@ def test_refused_options(vllm_config, monkeypatch, refusal):
         refuse(vllm_config)
 
 
+def test_kernels_by_handle_take_no_drafts(vllm_config, monkeypatch):
+    """Whatever the drafter; without one they are taken."""
+    additional = {"block_manager": "avmp", "avmp": {"kernels": "handles"}}
+    monkeypatch.setitem(vllm_config.__dict__, "additional_config", additional)
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
+    refuse(vllm_config)
+    drafts = argparse.Namespace(method="ngram")
+    monkeypatch.setitem(vllm_config.__dict__, "speculative_config", drafts)
+    with pytest.raises(ConfigError, match=r"does not work with --speculative-config ngram.*'reso"):
+        refuse(vllm_config)
+
+
 def test_kernels_by_handle_need_runner_v2(tiny_jamba):
     """Named, with the setting that works."""
     additional = {"block_manager": "avmp", "avmp": {"kernels": "handles"}}

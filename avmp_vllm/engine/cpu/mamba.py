@@ -155,7 +155,7 @@ class CpuMambaMixer(MambaMixer):
 class CpuMambaMixer2(MambaMixer2):
     """vLLM's ``MambaMixer2`` without checkpoints inside a prefill.
 
-    The scheduler then ends a prefill chunk where a checkpoint falls, as it does for Mamba-1.
+    The scheduler then ends a prefill chunk where a checkpoint falls.
     """
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec | None:
