@@ -42,17 +42,23 @@ def check_fit(vllm_config: VllmConfig) -> Iterator[Check]:
     from avmp_vllm.core import ArenaTooSmall
     from avmp_vllm.engine.entry.config import ConfigError
     from avmp_vllm.engine.layout.arena import arena_config
-    from avmp_vllm.engine.layout.limits import fit_model_len
+    from avmp_vllm.engine.layout.limits import fit_model_len, refuse_drafts
 
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        yield warn("fits", "not reckoned for several ranks", "the start-up log says what fits")
-        return
+    drafts = vllm_config.speculative_config
+    for stands, what in (
+        (vllm_config.parallel_config.world_size > 1, "several ranks"),
+        (drafts is not None and drafts.method != "ngram", "a drafter's own layers"),
+    ):
+        if stands:
+            yield warn("fits", f"not reckoned for {what}", "the start-up log says what fits")
+            return
     try:
         layers = _build_layers(vllm_config)
         memory = _memory(vllm_config, layers.weight_bytes)
         yield _check_free(memory, layers.weight_bytes)
         if memory.cache <= 0:
             return
+        refuse_drafts(vllm_config, layers.specs)
         config = arena_config(vllm_config, layers.specs, memory.cache)
         yield _page_sizes(config)
         fit_model_len(vllm_config, config)
@@ -161,7 +167,7 @@ def _page_sizes(config: AVMPCacheConfig) -> Check:
 
 def _sequences(vllm_config: VllmConfig, config: AVMPCacheConfig) -> Iterator[Check]:
     """The sequences that fit at some lengths."""
-    from avmp_vllm.engine.layout import capacity
+    from avmp_vllm.engine.layout import capacity, limits
 
     geometry = config.geometry
     assert geometry is not None
@@ -179,7 +185,7 @@ def _sequences(vllm_config: VllmConfig, config: AVMPCacheConfig) -> Iterator[Che
             sequences=fit,
             stock_sequences=of_stock,
         )
-    wanted, most = vllm_config.scheduler_config.max_num_seqs, geometry.sequences(1)
+    wanted, most = vllm_config.scheduler_config.max_num_seqs, limits.most_sequences(config)
     if wanted > most:
         yield warn(
             "sequences",

@@ -20,6 +20,7 @@ from avmp_vllm.models.layers import (
     Part,
     ShapeError,
     attention,
+    convolution,
     latent_attention,
     one_state,
     states,
@@ -188,8 +189,7 @@ def _lfm2(keys: Keys) -> Read:
     dense = keys.get("model_type") == "lfm2"
     names = ("conv_dim", "hidden_size") if dense else ("hidden_size",)
     shape = (_conv(keys, "conv_L_cache", default=3), keys.size(*names))
-    own = one_state("short convolution", conv, shape)
-    return Read([attention(keys, kv, _split_head(keys)), own])
+    return Read([attention(keys, kv, _split_head(keys)), convolution(conv, shape)])
 
 
 def _gated_delta_net(keys: Keys, layers: int) -> LayerShape:
@@ -243,7 +243,7 @@ def _qwen4(keys: Keys) -> Read:
     if ple := len(set(keys.get("ple_layer_ids", ()))):
         positions = _conv(keys, "ple_conv_kernel_size") * keys.size("ngram_size", default=3)
         channels = keys.size("hidden_size") * keys.size("hc_count", default=4)
-        layers.append(one_state("short convolution", ple, (positions, channels), replicated=True))
+        layers.append(convolution(ple, (positions, channels), replicated=True))
     return Read(layers, keys.get("mamba_ssm_dtype"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -48,10 +48,13 @@ class Part(NamedTuple):
     Attributes:
         shape: Its elements.
         dtype: ``CACHE``, ``MODEL``, ``STATE``, or the name of a type.
+        drafted: Whether its first dimension grows by the tokens that a step drafts: the last inputs
+            of a convolution, which must go back behind a rejected one.
     """
 
     shape: tuple[int, ...]
     dtype: str
+    drafted: bool = False
 
     def bytes(self, dtypes: Mapping[str, str]) -> int:
         """Its bytes, with the types that are settled elsewhere."""
@@ -85,6 +88,14 @@ class LayerShape:
     def entry_bytes(self, dtypes: Mapping[str, str]) -> int:
         """Bytes of one layer's entry or state."""
         return sum(part.bytes(dtypes) for part in self.parts)
+
+    def with_drafts(self, tokens: int) -> LayerShape:
+        """The same where each step drafts so many tokens."""
+        parts = (
+            part._replace(shape=(part.shape[0] + tokens, *part.shape[1:])) if part.drafted else part
+            for part in self.parts
+        )
+        return replace(self, parts=tuple(parts))
 
 
 class Keys:
@@ -152,10 +163,16 @@ def states(
     what: str, layers: int, conv: Sequence[int], state: Sequence[int], dtype: str = STATE
 ) -> LayerShape:
     """Layers with a convolution's last positions and a recurrent state."""
-    parts = (Part(tuple(conv), MODEL), Part(tuple(state), dtype))
+    parts = (Part(tuple(conv), MODEL, drafted=True), Part(tuple(state), dtype))
     return LayerShape(what, Role.STATE, layers, parts)
 
 
-def one_state(what: str, layers: int, shape: Sequence[int], replicated: bool = False) -> LayerShape:
+def convolution(layers: int, shape: Sequence[int], replicated: bool = False) -> LayerShape:
+    """Layers with the last positions of a short convolution alone."""
+    part = Part(tuple(shape), MODEL, drafted=True)
+    return LayerShape("short convolution", Role.STATE, layers, (part,), replicated=replicated)
+
+
+def one_state(what: str, layers: int, shape: Sequence[int]) -> LayerShape:
     """Layers with one array of the model's type."""
-    return LayerShape(what, Role.STATE, layers, (Part(tuple(shape), MODEL),), replicated=replicated)
+    return LayerShape(what, Role.STATE, layers, (Part(tuple(shape), MODEL),))

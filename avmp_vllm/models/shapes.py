@@ -48,6 +48,7 @@ class ModelShape:
         active_parameters: Of them, those that one token passes, if the file tells.
         source: Of the figures, if the file tells.
         assumed: Values that the file's author assumed.
+        mtp_layers: Attention layers of its own drafter (multi-token prediction), beside ``layers``.
     """
 
     name: str
@@ -60,6 +61,7 @@ class ModelShape:
     active_parameters: float | None = None
     source: str = ""
     assumed: tuple[str, ...] = ()
+    mtp_layers: int = 0
 
     def caches(self, kv_dtype: str = "auto") -> Layers:
         """The layers' caches in bytes, with the attention cache in some type."""
@@ -217,7 +219,14 @@ def shape_of(config: Mapping[str, Any], name: str = "config") -> ModelShape:
         active_parameters=notes.get("active_parameters"),
         source=notes.get("source", ""),
         assumed=tuple(notes.get("assumed", ())),
+        mtp_layers=_mtp_layers(keys),
     )
+
+
+def _mtp_layers(keys: Keys) -> int:
+    """Attention layers of a drafter that comes with the model; Nemotron-H's has others beside."""
+    steps = keys.size("mtp_num_hidden_layers", "num_nextn_predict_layers", default=0, least=0)
+    return steps * keys.get("mtp_hybrid_override_pattern", "*").count("*")
 
 
 def find_config(model: str) -> Path:
@@ -244,11 +253,14 @@ def find_config(model: str) -> Path:
         ) from None
 
 
-def read_shape(model: str) -> ModelShape:
-    """Read a model's shape from a file, a folder, or the hub.
+def read_config(model: str) -> tuple[dict[str, Any], str]:
+    """Read a model's configuration from a file, a folder, or the hub.
+
+    Returns:
+        Its keys, and what to call it in messages.
 
     Raises:
-        ShapeError: Naming the file, the line or the key.
+        ShapeError: Naming the file and the line.
     """
     path = find_config(model)
     try:
@@ -260,4 +272,13 @@ def read_shape(model: str) -> ModelShape:
     if not isinstance(config, dict):
         raise ShapeError(f"{path}: is no JSON object")
     # A name on the hub says more than the place where the client keeps its file.
-    return shape_of(config, str(path) if Path(model).exists() else model)
+    return config, str(path) if Path(model).exists() else model
+
+
+def read_shape(model: str) -> ModelShape:
+    """Read a model's shape from a file, a folder, or the hub.
+
+    Raises:
+        ShapeError: Naming the file, the line or the key.
+    """
+    return shape_of(*read_config(model))

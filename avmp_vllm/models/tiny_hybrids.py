@@ -203,3 +203,60 @@ def write_tiny_qwen3_next_mtp(path: str | Path, *, seed: int = 0, **overrides: A
         drafter[f"mtp.{name}.weight"] = torch.zeros(width)
     save_file(tensors | drafter, file, metadata={"format": "pt"})
     return path
+
+
+def write_tiny_eagle(
+    path: str | Path, method: str = "eagle", *, seed: int = 0, **overrides: Any
+) -> Path:
+    """A drafter beside a tiny model of this file (EAGLE or EAGLE-3): a Llama layer and its inputs.
+
+    It has the model's embedding and head, and mostly hands a token's embedding on, which is the
+    larger part of what the model adds its layers to: some of its drafts are accepted. EAGLE's layer
+    has it in its input; that of EAGLE-3 sees it through its attention alone, which has a head of
+    keys and values for each of queries.
+    """
+    path = Path(path)
+    three = method == "eagle3"
+    fields = {
+        "num_hidden_layers": 1,
+        "architectures": ["LlamaForCausalLM"],
+        "head_dim": 32,
+        "num_key_value_heads": 4 if three else 2,
+    }
+    config = LlamaConfig(**{**_COMMON, **_ATTENTION, **fields, **special_token_ids(), **overrides})
+    config.save_pretrained(path)
+    width, inner = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.head_dim
+    kv_heads = config.num_key_value_heads * config.head_dim
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5 / 4
+
+    identity = torch.eye(width)
+    layer = {
+        "mlp.gate_proj": drawn(inner, width),
+        "mlp.up_proj": drawn(inner, width),
+        "mlp.down_proj": drawn(width, inner),
+        "post_attention_layernorm": torch.ones(width),
+    }
+    if three:
+        # A token attends to itself most, and its values are its embedding's.
+        sharp = torch.cat([2 * identity, drawn(width, width)], 1)
+        layer |= {"self_attn.q_proj": sharp, "self_attn.k_proj": sharp}
+        layer["self_attn.v_proj"] = torch.cat([identity, drawn(width, width)], 1)
+        layer |= {"self_attn.o_proj": identity, "input_layernorm": torch.ones(width)}
+        layer["hidden_norm"] = torch.ones(width)
+        # Of the states after three of the model's layers, a little.
+        tensors = {"fc": drawn(width, 3 * width), "norm": torch.ones(width)}
+        tensors |= {f"midlayer.{name}": tensor for name, tensor in layer.items()}
+    else:
+        layer["self_attn.q_proj"] = drawn(heads, width)
+        layer["self_attn.k_proj"] = drawn(kv_heads, width)
+        layer["self_attn.v_proj"] = drawn(kv_heads, width)
+        layer["self_attn.o_proj"] = drawn(width, heads)
+        tensors = {"fc": torch.cat([identity, identity / 4], 1)}
+        tensors |= {f"layers.0.{name}": tensor for name, tensor in layer.items()}
+    named = {f"{name}.weight": tensor.clone() for name, tensor in tensors.items()}
+    save_file(named, path / "model.safetensors", metadata={"format": "pt"})
+    return path

@@ -15,7 +15,8 @@ from rich.table import Table
 from avmp_vllm.core import ArenaTooSmall, Kind
 from avmp_vllm.core.capacity import binding_pool
 from avmp_vllm.core.tables import Role
-from avmp_vllm.models.shapes import ModelShape, ShapeError, read_shape
+from avmp_vllm.models import drafts
+from avmp_vllm.models.shapes import ShapeError, read_shape
 from avmp_vllm.planner.backends import BACKENDS, LATENT_BACKENDS, SPARSE_BACKENDS
 from avmp_vllm.planner.cards import CARDS, GENERATIONS, RESERVE, budget
 from avmp_vllm.planner.plan import STEP_TOKENS, Plan, make_plan
@@ -73,6 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-prefix-caching", action="store_true", help="one state a sequence, not two"
     )
+    parser.add_argument(
+        drafts.OPTION,
+        metavar="JSON",
+        help=f"as vLLM takes it: method ({', '.join(drafts.METHODS)}), num_speculative_tokens, and "
+        "the drafter's model if it has one",
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file, for `avmp plot`")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--parameters", type=float, help="with --gpu: parameters, such as 3e9")
@@ -80,7 +87,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserve", type=parse_bytes, default=RESERVE, help="with --gpu (1GiB)")
 
 
-def _print_layers(console: Console, shape: ModelShape, plan: Plan) -> None:
+def _print_layers(console: Console, plan: Plan) -> None:
+    shape = plan.shape
     console.print(f"{shape.name} ({shape.model_type}):")
     for layer, cache in zip(shape.layers, plan.layers.caches, strict=True):
         console.print(
@@ -90,6 +98,10 @@ def _print_layers(console: Console, shape: ModelShape, plan: Plan) -> None:
     for note in (f"source: {shape.source}" if shape.source else "", *shape.assumed):
         if note:
             console.print(f"  {'' if note.startswith('source') else 'assumed: '}{note}")
+    if plan.drafts is not None:
+        console.print(
+            f"  drafts: {plan.drafts.tokens} tokens by {plan.drafts.method}, a state more for each"
+        )
     assumed = plan.assumed
     console.print(
         f"attention backend: {assumed.backend.name} ({assumed.why}), pages of a multiple of "
@@ -177,14 +189,15 @@ def _print_capacity(console: Console, plan: Plan, lengths: list[int]) -> None:
     console.print(table)
 
 
-def _as_json(shape: ModelShape, plan: Plan, lengths: list[int]) -> dict[str, Any]:
+def _as_json(plan: Plan, lengths: list[int]) -> dict[str, Any]:
     """The plan for machines."""
-    geometry, stock = plan.geometry, plan.stock
+    shape, geometry, stock = plan.shape, plan.geometry, plan.stock
     return {
         "model": shape.name,
         "model_type": shape.model_type,
         "arena_bytes": geometry.arena_bytes,
         "states": plan.states,
+        "speculative_tokens": 0 if plan.drafts is None else plan.drafts.tokens,
         "backend": plan.assumed.backend.name,
         "backend_why": plan.assumed.why,
         "layers": [
@@ -220,7 +233,7 @@ def _as_json(shape: ModelShape, plan: Plan, lengths: list[int]) -> dict[str, Any
     }
 
 
-def _write(path: Path, shape: ModelShape, plan: Plan, lengths: list[int]) -> None:
+def _write(path: Path, plan: Plan, lengths: list[int]) -> None:
     """Write what fits as a result file."""
     from avmp_vllm.bench import results
 
@@ -229,7 +242,7 @@ def _write(path: Path, shape: ModelShape, plan: Plan, lengths: list[int]) -> Non
         "benchmark": "plan",
         "environment": results.environment(None, ()),
         "parameters": {
-            "model": shape.name,
+            "model": plan.shape.name,
             "arena_bytes": plan.geometry.arena_bytes,
             "states": plan.states,
             "static_ratio": plan.static.ratio,
@@ -274,21 +287,22 @@ def run(args: argparse.Namespace) -> int:
             step_tokens=args.step_tokens,
             backend=args.backend,
             generation=GENERATIONS.get(args.gpu),
+            drafts=drafts.Drafts.read(given) if (given := args.speculative_config) else None,
         )
     except (ShapeError, ArenaTooSmall) as error:
         print(f"avmp plan: error: {error}", file=sys.stderr)
         return 2
     if args.json:
-        print(json.dumps(_as_json(shape, plan, args.lengths), indent=1))
+        print(json.dumps(_as_json(plan, args.lengths), indent=1))
     else:
-        _print(console, shape, plan, args)
+        _print(console, plan, args)
     if args.output:
-        _write(args.output, shape, plan, args.lengths)
+        _write(args.output, plan, args.lengths)
     return 0
 
 
-def _print(console: Console, shape: ModelShape, plan: Plan, args: argparse.Namespace) -> None:
-    _print_layers(console, shape, plan)
+def _print(console: Console, plan: Plan, args: argparse.Namespace) -> None:
+    _print_layers(console, plan)
     _print_sizes(console, plan, not args.no_prefix_caching)
     _print_tables(console, plan)
     _print_capacity(console, plan, args.lengths)

@@ -9,6 +9,7 @@ from avmp_vllm.core.caches import Layers, Load
 from avmp_vllm.core.capacity import StaticSplit, StockPlan
 from avmp_vllm.core.stock import StockRules, plan_stock
 from avmp_vllm.core.tables import Table
+from avmp_vllm.models.drafts import Drafts
 from avmp_vllm.models.shapes import ModelShape, ShapeError
 from avmp_vllm.planner.backends import Assumed, assume
 
@@ -23,16 +24,20 @@ class Plan:
     """Everything that a plan prints.
 
     Attributes:
-        layers: The model's caches, per rank.
+        shape: The model, with what its drafter keeps.
+        layers: Its caches in bytes, per rank.
         tables: Block tables of AVMP's KV pages.
         geometry: Of AVMP's arena.
         assumed: The attention backend, and the tokens of its pages.
         stock: Stock vLLM on the same bytes; None if it cannot plan the layers.
         static: Two pools with a fixed split on the same bytes.
-        states: States that a sequence holds: one, or two with prefix caching, as vLLM reckons.
+        states: States that a sequence holds: one, or two with prefix caching, and one for each
+            token that is drafted for it, as vLLM reckons.
         max_model_len: Longest sequence, for vLLM's own figure.
+        drafts: Speculative decoding.
     """
 
+    shape: ModelShape
     layers: Layers
     tables: tuple[Table, ...]
     geometry: Geometry
@@ -41,6 +46,7 @@ class Plan:
     static: StaticSplit
     states: int
     max_model_len: int
+    drafts: Drafts | None = None
 
     def limit(self, tokens: int) -> int:
         """Sequences that fit if bytes were shared without any granularity."""
@@ -83,6 +89,7 @@ def make_plan(
     step_tokens: int = STEP_TOKENS,
     backend: str | None = None,
     generation: int | None = None,
+    drafts: Drafts | None = None,
 ) -> Plan:
     """Plan a model.
 
@@ -92,17 +99,22 @@ def make_plan(
         kv_dtype: Of the attention cache; ``auto`` is the model's.
         page_tokens: Tokens of AVMP's page; the backend's smallest by default.
         stock_unit: Tokens that stock's block is chosen in multiples of; the backend's by default.
-        prefix_caching: Whether a sequence holds two states.
+        prefix_caching: Whether a sequence holds two states beside those of its drafts.
         static_ratio: State bytes to KV bytes of the static split.
         max_model_len: Longest sequence; the model's own by default.
         step_tokens: Tokens that may be in flight, which bound the pages of a window.
         backend: Name of the attention backend; what the card gets by default.
         generation: Major number of the card's compute capability.
+        drafts: Speculative decoding.
 
     Raises:
         ArenaTooSmall: Not even one page of each kind fits.
-        ShapeError: A page or a backend that the model cannot have.
+        ShapeError: A page, a backend or a drafter that the model cannot have.
     """
+    states = 2 if prefix_caching else 1
+    if drafts is not None:
+        shape = drafts.beside(shape)
+        states += drafts.tokens
     layers = shape.caches(kv_dtype)
     assumed = assume(shape, layers, backend, generation)
     page = page_tokens or assumed.page_tokens
@@ -113,11 +125,11 @@ def make_plan(
         )
     load = Load(step_tokens, max_model_len or shape.max_model_len)
     geometry = layers.geometry(arena_bytes, page, load, assumed.alignment)
-    states = 2 if prefix_caching else 1
     rules = assumed.stock
     if stock_unit:
         rules = StockRules(stock_unit, whole, rules.alignment)
     return Plan(
+        shape,
         layers,
         tuple(layers.tables(page, load)),
         geometry,
@@ -126,4 +138,5 @@ def make_plan(
         StaticSplit(geometry, static_ratio),
         states,
         load.max_model_len,
+        drafts,
     )

@@ -1,9 +1,9 @@
-"""Speculative decoding by the model's own drafting layer (MTP): tokens, drafts and acceptance.
+"""Speculative decoding by a drafter with attention of its own: tokens, drafts and acceptance.
 
-A wrong draft changes no token: it is rejected, and the answer only takes longer. So the drafts are
-compared, each by what its request had so far. Without a prefix cache: with one, vLLM copies the
-states of drafting requests by a kernel that its CPU build lacks. Drafts by ngram, with a prefix
-cache, are in ``test_runner_v2.py``.
+Three drafters: the model's own layer (MTP), EAGLE and EAGLE-3. A wrong draft changes no token: it
+is rejected, and the answer only takes longer. So the drafts are compared, each by what its request
+had so far. Without a prefix cache: with one, vLLM copies the states of drafting requests by a
+kernel that its CPU build lacks. Drafts by ngram, with a prefix cache, are in ``test_runner_v2.py``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,23 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from enginelib import AMPLE, assert_nothing_held, counted, engine, greedy, tokens
+from enginelib import AMPLE, assert_nothing_held, counted, engine, greedy, scheduler_of, tokens
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.core import Kind
+from avmp_vllm.engine.layout.capacity import describe, states_per_sequence
 from avmp_vllm.engine.scheduler.scheduler import MovePlanMixin
-from avmp_vllm.models.tiny_hybrids import write_tiny_qwen3_next_mtp
+from avmp_vllm.models.drafts import Drafts
+from avmp_vllm.models.shapes import read_shape
+from avmp_vllm.models.tiny_hybrids import write_tiny_eagle, write_tiny_qwen3_next_mtp
+from avmp_vllm.planner.plan import Plan, make_plan
 
-MTP = {"method": "mtp", "num_speculative_tokens": 3}
-
-
-@pytest.fixture(scope="module")
-def drafting_model(tmp_path_factory) -> str:
-    """With heads that vLLM's CPU kernel takes; it knows bf16 alone."""
-    wide = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "dtype": "bfloat16"}
-    return str(write_tiny_qwen3_next_mtp(tmp_path_factory.mktemp("mtp"), **wide))
+#: Enough for stock vLLM, too, to serve all prompts at once: in bf16 another schedule gives others.
+MEMORY = 4 * AMPLE
+#: Tokens that are drafted in a step.
+DRAFTED = 3
+METHODS = ("mtp", "eagle", "eagle3")
 
 
 def prompts() -> list[dict[str, list[int]]]:
@@ -46,7 +47,7 @@ def prompts() -> list[dict[str, list[int]]]:
 
 
 def serve(
-    patch: pytest.MonkeyPatch, model: str, memory: int, avmp: dict[str, Any] | None, **options: Any
+    model: str, speculative: dict[str, Any], avmp: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Serve the prompts twice, and note every draft and what was done with it."""
     drafts: dict[tuple[int, ...], list[int]] = {}
@@ -58,27 +59,38 @@ def serve(
                 drafts[tuple(self.requests[name].all_token_ids)] = list(draft)
         update(self, made)
 
-    with patch.context() as inner:
-        inner.setattr(Scheduler, "update_draft_token_ids", noting)
-        with engine(
+    with (
+        mock.patch.object(Scheduler, "update_draft_token_ids", noting),
+        engine(
             model,
             avmp=avmp,
             dtype="bfloat16",
-            kv_cache_memory_bytes=memory,
-            speculative_config=MTP,
-            **options,
-        ) as llm:
-            answers = [greedy(llm, prompts(), 40, temperature=0) for _ in range(2)]
-            if avmp is not None:
-                assert_nothing_held(llm)
-            counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-            return {
-                "answers": answers,
-                "drafts": drafts,
-                "drafted": counts["vllm:spec_decode_num_draft_tokens"],
-                "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
-                "did": counted(llm) if avmp is not None else None,
+            kv_cache_memory_bytes=MEMORY,
+            speculative_config=speculative,
+        ) as llm,
+    ):
+        answers = [greedy(llm, prompts(), 40, temperature=0) for _ in range(2)]
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        scheduler = scheduler_of(llm)
+        cache = scheduler.vllm_config.cache_config
+        found = {
+            "answers": answers,
+            "drafts": drafts,
+            "drafted": counts["vllm:spec_decode_num_draft_tokens"],
+            "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
+            "blocks": cache.num_gpu_blocks,
+            "state_dtype": cache.mamba_ssm_cache_dtype,
+        }
+        if avmp is not None:
+            assert_nothing_held(llm)
+            config = scheduler.vllm_config, scheduler.kv_cache_config
+            found |= {
+                "did": counted(llm).statistics,
+                "geometry": scheduler.kv_cache_manager.geometry,
+                "states": states_per_sequence(*config),
+                "capacity": "\n".join(describe(*config)),
             }
+        return found
 
 
 @contextlib.contextmanager
@@ -101,31 +113,82 @@ def pages_on_the_move() -> Iterator[None]:
         yield
 
 
+class Runs:
+    """One model and its drafters, served in each way once."""
+
+    def __init__(self, folder: Any) -> None:
+        # With heads that vLLM's CPU kernel takes; it knows bf16 alone.
+        wide = {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "dtype": "bfloat16"}
+        self.model = str(write_tiny_qwen3_next_mtp(folder / "model", **wide))
+        fields = {"dtype": "bfloat16", "eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+        self.drafters = {
+            method: str(write_tiny_eagle(folder / method, method, **fields))
+            for method in ("eagle", "eagle3")
+        }
+        self._found: dict[tuple[str, str], dict[str, Any]] = {}
+
+    def __call__(self, method: str, way: str) -> dict[str, Any]:
+        """``stock``, or AVMP: ``still``, ``moving``, or moving and ``stale`` in its page table."""
+        if (method, way) not in self._found:
+            speculative = {"method": method, "num_speculative_tokens": DRAFTED}
+            if method in self.drafters:
+                speculative["model"] = self.drafters[method]
+            avmp = None if way == "stock" else {"verify": way != "stale"}
+            with contextlib.ExitStack() as stack:
+                if way in ("moving", "stale"):
+                    stack.enter_context(pages_on_the_move())
+                if way == "stale":
+                    stack.enter_context(mock.patch.object(PageTable, "apply"))
+                self._found[method, way] = serve(self.model, speculative, avmp)
+        return self._found[method, way]
+
+    def plan(self, method: str) -> Plan:
+        """What `avmp plan` says of the same."""
+        shape = read_shape(self.model)
+        return make_plan(
+            shape.with_state_dtype(self(method, "stock")["state_dtype"]),
+            MEMORY,
+            backend="CPU_ATTN",
+            prefix_caching=False,
+            max_model_len=512,
+            drafts=Drafts(DRAFTED, method, self.drafters.get(method)),
+        )
+
+
 @pytest.fixture(scope="module")
-def stock(drafting_model) -> dict[str, Any]:
-    """Stock vLLM without a prefix cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        return serve(patch, drafting_model, AMPLE, None)
+def runs(tmp_path_factory) -> Runs:
+    """Engines of this module."""
+    return Runs(tmp_path_factory.mktemp("drafts"))
 
 
-@pytest.mark.parametrize("moving", [False, True], ids=["still", "moving"])
-def test_drafts_equal_stock(monkeypatch, drafting_model, stock, moving):
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [("mtp", "still"), ("mtp", "moving"), ("eagle", "moving"), ("eagle3", "moving")],
+)
+def test_drafts_equal_stock(runs, method, way):
     """Tokens, every draft, and what became of it."""
-    with pages_on_the_move() if moving else contextlib.nullcontext():
-        avmp = serve(monkeypatch, drafting_model, AMPLE, {})
+    stock, avmp = runs(method, "stock"), runs(method, way)
     for what in ("answers", "drafts", "drafted", "accepted"):
         assert avmp[what] == stock[what], what
     assert sum(min(draft) >= 0 for draft in stock["drafts"].values()) > 100
     assert 0 < stock["accepted"] < stock["drafted"]
-    if moving:
-        statistics = avmp["did"].statistics
-        assert min(statistics.migrations.values()) > 20
-        assert sum(statistics.relocations.values()) > 20
+    if way == "moving":
+        assert min(avmp["did"].migrations.values()) > 20
+        assert sum(avmp["did"].relocations.values()) > 20
 
 
-def test_control_rows_not_resolved_change_drafts(monkeypatch, drafting_model, stock):
+def test_control_rows_not_resolved_change_drafts(runs):
     """Table entries that stay as they were: the drafter reads pages that have moved."""
-    monkeypatch.setattr(PageTable, "apply", lambda self, relocations: None)
-    with pages_on_the_move():
-        avmp = serve(monkeypatch, drafting_model, AMPLE, {"verify": False})
-    assert avmp["drafts"] != stock["drafts"]
+    assert runs("mtp", "stale")["drafts"] != runs("mtp", "stock")["drafts"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_counts_what_drafts_hold(runs, method):
+    """`avmp plan`, the engine's capacity block and stock vLLM's own figures agree."""
+    plan, avmp = runs.plan(method), runs(method, "moving")
+    assert avmp["geometry"] == plan.geometry
+    assert avmp["states"] == plan.states == 1 + DRAFTED
+    assert runs(method, "stock")["blocks"] == plan.stock.blocks + 1
+    fit = plan.sequences(512)
+    row = f"{512:>13,} {fit['AVMP']:>10,} {fit['AVMP'] * 512:>12,} {fit['stock']:>11,}"
+    assert row in avmp["capacity"]

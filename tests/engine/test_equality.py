@@ -24,6 +24,8 @@ from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import TorchBuffer
 from avmp_vllm.core import Kind, MovePlan
 from avmp_vllm.engine.worker.plans import PlanApplier
+from avmp_vllm.models.shapes import read_shape
+from avmp_vllm.planner.plan import make_plan
 
 #: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
 TIGHT = 1_600_000
@@ -274,6 +276,31 @@ def test_bf16_runs(tiny_jamba):
         answers = greedy(llm, mixed_prompts())
         assert all(len(answer) == 40 for (answer,) in answers)
         assert_nothing_held(llm)
+
+
+def test_fp8_pages(tiny_jamba):
+    """Keys and values in fp8 (e4m3): a quarter of the page, the same tokens as stock's in fp8."""
+    answers = {}
+    for name, avmp, memory in (("stock", None, AMPLE), ("avmp", {"growth_tokens": 0}, TIGHT // 2)):
+        with engine(
+            tiny_jamba,
+            avmp=avmp,
+            kv_cache_memory_bytes=memory,
+            kv_cache_dtype="fp8_e4m3",
+            enable_prefix_caching=avmp is not None,
+        ) as llm:
+            answers[name] = [greedy(llm, mixed_prompts()) for _ in range(2)]
+            if avmp is not None:
+                assert_nothing_held(llm)
+                did = counted(llm).statistics
+                assert min(did.migrations.values()) > 0
+                assert sum(did.relocations.values()) > 0
+                geometry = runner_of(llm).kv_cache_config.geometry
+    assert answers["avmp"] == answers["stock"]
+    assert answers["stock"][0] != stock_answers(tiny_jamba)  # rounding shows
+    plan = make_plan(read_shape(tiny_jamba), TIGHT // 2, kv_dtype="fp8_e4m3", backend="CPU_ATTN")
+    assert plan.geometry == geometry
+    assert geometry.page_bytes == 32_768 // 4
 
 
 def test_tensor_parallel(tiny_jamba, monkeypatch):

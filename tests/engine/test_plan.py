@@ -11,7 +11,9 @@ from enginelib import engine, scheduler_of
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from avmp_vllm.cli import main
+from avmp_vllm.engine.entry.options import DRAFTERS
 from avmp_vllm.engine.layout.capacity import describe
+from avmp_vllm.models.drafts import METHODS, Drafts
 from avmp_vllm.models.shapes import read_shape
 from avmp_vllm.planner.command import parse_bytes, parse_lengths
 from avmp_vllm.planner.plan import make_plan
@@ -176,6 +178,87 @@ def test_pages_are_the_backends(model, words, backend, page, capsys):
 def test_a_backend_of_other_models_is_an_error(tiny_jamba, capsys):
     assert main(["plan", tiny_jamba, "--memory", "1GiB", "--backend", "FLASHMLA"]) == 2
     assert "is not served by it; known: FLASH_ATTN" in capsys.readouterr().err
+
+
+# -- drafts -------------------------------------------------------------------------------------
+
+
+def _granite(**drafts):
+    shape = read_shape(str(MODELS / "granite-4.0-h-tiny.json"))
+    return make_plan(shape, 1 << 30, drafts=Drafts(**drafts) if drafts else None)
+
+
+def test_a_sequence_holds_a_state_more_for_each_draft():
+    """And a convolution as many inputs more; the state itself and the pages stay."""
+    plain, drafting = _granite(), _granite(tokens=4, method="ngram")
+    assert (plain.states, drafting.states) == (2, 6)
+    (before,), (after,) = plain.layers.states, drafting.layers.states
+    channels = 2 * plain.shape.layers[1].parts[0].shape[1]  # in bf16
+    assert after.entry_bytes - before.entry_bytes == 4 * channels
+    assert drafting.geometry.page_bytes == plain.geometry.page_bytes
+    assert drafting.sequences(4096)["AVMP"] < plain.sequences(4096)["AVMP"]
+    assert drafting.stock.states == 6
+
+
+def test_a_drafter_has_layers_of_its_own(tmp_path):
+    """In the model's layout, or in another."""
+    plain = _granite()
+    attention = plain.shape.attention
+    heads = attention.parts[0].shape[1]
+    page = plain.layers.attention.page_bytes(16)
+    for kv_heads, layers in ((heads, [attention.layers + 1]), (1, [attention.layers, 1])):
+        config = {
+            "model_type": "llama",
+            "hidden_size": 64 * heads,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": attention.parts[0].shape[2],
+            "num_hidden_layers": 1,
+        }
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        plan = _granite(tokens=2, method="eagle", model=str(tmp_path))
+        (table,) = plan.tables
+        assert [layout.layers for layout in table.layouts] == layers
+        assert table.page_bytes - plain.tables[0].page_bytes == page * kv_heads // heads
+
+
+@pytest.mark.parametrize(
+    ("model", "option", "message"),
+    [
+        ("granite-4.0-h-tiny", "{", "{: is not JSON"),
+        ("granite-4.0-h-tiny", "[]", "[]: is no JSON object"),
+        ("granite-4.0-h-tiny", {"method": "medusa"}, "'medusa' is none of ngram, mtp, eagle"),
+        ("granite-4.0-h-tiny", {"method": "ngram"}, "'num_speculative_tokens' is missing"),
+        ("granite-4.0-h-tiny", {"method": "mtp", "num_speculative_tokens": 1}, "no MTP layers"),
+        ("granite-4.0-h-tiny", {"method": "eagle"}, "needs the key 'model'"),
+        ("jamba-reasoning-3b", {"method": "ngram", "num_speculative_tokens": 1}, "has Mamba-1"),
+    ],
+)
+def test_drafts_that_cannot_be_are_one_line(capsys, model, option, message):
+    text = option if isinstance(option, str) else json.dumps(option)
+    words = ["--memory", "8GiB", "--speculative-config", text]
+    assert main(["plan", str(MODELS / f"{model}.json"), *words]) == 2
+    error = capsys.readouterr().err
+    assert "--speculative-config" in error
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_drafts_are_printed_and_counted(tmp_path, capsys):
+    config = json.loads((MODELS / "qwen3.5-35b-a3b.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "mtp_num_hidden_layers": 1}))
+    option = json.dumps({"method": "qwen3_5_mtp", "num_speculative_tokens": 3})
+    words = ["plan", str(tmp_path), "--memory", "8GiB", "--speculative-config", option]
+    assert main(words) == 0
+    assert "drafts: 3 tokens by mtp, a state more for each" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["states"], printed["speculative_tokens"]) == (5, 3)
+    assert printed["layers"][0]["layers"] == 40 // 4 + 1
+
+
+def test_the_planner_knows_the_engines_drafters():
+    assert METHODS == DRAFTERS
 
 
 def test_sizes_and_lengths():

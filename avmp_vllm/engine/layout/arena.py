@@ -76,7 +76,7 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
             raise ConfigError("ranks have different page sizes, which AVMP cannot serve")
         refuse_drafts(vllm_config, configs[0].layer_specs)
         fit_model_len(vllm_config, configs[0])
-        clamp_sequences(vllm_config, geometry)
+        clamp_sequences(vllm_config, configs[0])
         return list(configs)
 
     return wrapper

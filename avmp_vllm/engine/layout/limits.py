@@ -14,7 +14,6 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from avmp_vllm.core import Geometry
 from avmp_vllm.core.tables import Role
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.groups import state_spec
@@ -95,10 +94,18 @@ def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> 
     geometry.require_one_request(model.max_model_len, blocks)
 
 
-def clamp_sequences(vllm_config: VllmConfig, geometry: Geometry) -> None:
+def most_sequences(kv_cache_config: AVMPCacheConfig) -> int:
+    """Sequences that fit at one page each: with a state, and one for each token drafted."""
+    geometry = kv_cache_config.geometry
+    assert geometry is not None
+    return geometry.sequences(1, 1 + state_spec(kv_cache_config).num_speculative_blocks)
+
+
+def clamp_sequences(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> None:
     """Lower ``max_num_seqs`` to what the arena can hold at one page each."""
-    scheduler = vllm_config.scheduler_config
-    fit = max(geometry.sequences(1), 1)
+    scheduler, geometry = vllm_config.scheduler_config, kv_cache_config.geometry
+    assert geometry is not None
+    fit = max(most_sequences(kv_cache_config), 1)
     if scheduler.max_num_seqs > fit:
         logger.warning(
             "AVMP: --max-num-seqs %d lowered to %d, the sequences of one page that the arena of "
