@@ -14,7 +14,7 @@ import torch
 from avmp_kernels.page_table import update
 from avmp_kernels.pages import PageTable as KernelPageTable
 
-from avmp_vllm.backing.page_table import PageTable, checksum
+from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.core import Geometry, Kind, Relocation
 
 
@@ -56,4 +56,4 @@ class DevicePageTable(PageTable):
         """Checksum of the entries on the device. Waits for it, so only verification may ask."""
         entries = self.resident.entries.cpu().numpy()
         kv, ssm = np.split(entries, [self.resident.num_kv])
-        return checksum({Kind.KV: kv, Kind.SSM: ssm}, known)
+        return self._checksum({Kind.KV: kv, Kind.SSM: ssm}, known)

@@ -26,8 +26,9 @@ class PageTable:
     """
 
     def __init__(self, geometry: Geometry) -> None:
-        kv = geometry.pages - np.arange(geometry.page_limit + 1, dtype=np.int32)
-        ssm = geometry.null_blocks - 1 + np.arange(geometry.block_limit + 1, dtype=np.int32)
+        self._origins = tuple(map(geometry.origin, Kind))
+        kv = geometry.origin(Kind.KV) - np.arange(geometry.page_limit + 1, dtype=np.int32)
+        ssm = geometry.origin(Kind.SSM) + np.arange(geometry.block_limit + 1, dtype=np.int32)
         self.entries: dict[Kind, npt.NDArray[np.int32]] = {Kind.KV: kv, Kind.SSM: ssm}
         for entries in self.entries.values():
             entries[0] = 0
@@ -56,13 +57,15 @@ class PageTable:
         np.take(entries, numbers, out=out)
 
     def digest(self, known: dict[Kind, int]) -> int:
-        """Checksum over the first ``known`` handles of each pool, to compare two copies."""
-        return checksum(self.entries, known)
+        """Checksum of the first ``known`` handles' positions, to compare two copies."""
+        return self._checksum(self.entries, known)
 
-
-def checksum(entries: dict[Kind, npt.NDArray[np.int32]], known: dict[Kind, int]) -> int:
-    """Checksum over the first ``known`` entries of each pool, the null page included."""
-    value = 0
-    for kind in Kind:
-        value = zlib.crc32(entries[kind][: known[kind] + 1].tobytes(), value)
-    return value
+    def _checksum(self, entries: dict[Kind, npt.NDArray[np.int32]], known: dict[Kind, int]) -> int:
+        """Whichever stage's indices the entries are, positions are the scheduler's."""
+        value = 0
+        for kind, origin in zip(Kind, self._origins, strict=True):
+            table = entries[kind][: known[kind] + 1]
+            positions = table - origin if kind is Kind.SSM else origin - table
+            positions[0] = table[0]  # the null page has none
+            value = zlib.crc32(positions.tobytes(), value)
+        return value

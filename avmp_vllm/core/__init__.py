@@ -5,6 +5,7 @@ Standard library only. One concept a file:
 
 ============== ===========================================================================
 geometry       byte sizes and index ranges of an arena
+pipeline       the same of several pipeline stages, taken together
 handles        32-bit names of pages
 band           the pages of one pool: placement, page table, growth, shrinking
 arena          both bands and the gap: allocate, free, migrate, relocate, evict, verify
@@ -26,6 +27,7 @@ from avmp_vllm.core.arena import AllocationFailure, Arena, InvariantViolation
 from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, PageGroup
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
+from avmp_vllm.core.pipeline import PipelineGeometry
 from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
 
@@ -42,6 +44,7 @@ __all__ = [
     "Kind",
     "MovePlan",
     "PageGroup",
+    "PipelineGeometry",
     "Relocation",
     "Save",
     "Stage",

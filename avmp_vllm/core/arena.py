@@ -25,7 +25,6 @@ decide, so the same calls give the same relocations.
 from __future__ import annotations
 
 import zlib
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -36,6 +35,7 @@ from avmp_vllm.core.extents import ExtentLog, Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, ceil_div
 from avmp_vllm.core.handles import SSM_TAG, Kind, kind_of
 from avmp_vllm.core.integrity import problems
+from avmp_vllm.core.pipeline import PipelineGeometry
 from avmp_vllm.core.plan import Relocation
 from avmp_vllm.core.statistics import Statistics
 
@@ -80,6 +80,11 @@ class Arena:
             raise ValueError(f"migration_batch must be at least 1, not {migration_batch}")
         if chunk_bytes is not None and chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be at least 1, not {chunk_bytes}")
+        if chunk_bytes is not None and isinstance(geometry, PipelineGeometry):
+            raise ValueError(
+                f"chunk_bytes = {chunk_bytes}: an arena over {len(geometry.stages)} pipeline "
+                "stages is not elastic"
+            )
         self.geometry = geometry
         self.choose: Callable[[], Sequence[int]] | None = None
         self.statistics = Statistics()
@@ -130,17 +135,16 @@ class Arena:
     def gap_bytes(self) -> int:
         """Bytes between the bands."""
         geometry, (kv, ssm) = self.geometry, self._bands
-        return (geometry.pages - kv.capacity) * kv.unit - (
-            geometry.null_blocks + ssm.capacity
-        ) * ssm.unit
+        high_begin = geometry.high_end - kv.capacity * kv.unit
+        return high_begin - geometry.null_end - ssm.capacity * ssm.unit
 
     @property
     def extents(self) -> Extents:
         """The bytes outside the gap."""
         geometry, (kv, ssm) = self.geometry, self._bands
         return Extents(
-            (geometry.null_blocks + ssm.capacity) * ssm.unit,
-            (geometry.pages - kv.capacity) * kv.unit,
+            geometry.null_end + ssm.capacity * ssm.unit,
+            geometry.high_end - kv.capacity * kv.unit,
         )
 
     @property
@@ -322,9 +326,9 @@ class Arena:
         """
         chunk = self._chunk_bytes or 1
         if band.kind is Kind.SSM:
-            rest = -(self.geometry.null_blocks + capacity) * band.unit % chunk
+            rest = -(self.geometry.null_end + capacity * band.unit) % chunk
         elif capacity:
-            rest = (self.geometry.pages - capacity) * band.unit % chunk
+            rest = (self.geometry.high_end - capacity * band.unit) % chunk
         else:
             rest = 0
         return rest // band.unit
@@ -350,12 +354,18 @@ class Arena:
         if self._log is None:
             band.grow(count)
             return
-        most = (self.gap_bytes - self._reserve) // band.unit
         rest = self._rest_of_chunk(band, band.capacity + count)
-        band.grow(max(min(count + rest, most), count))
+        band.grow(max(min(count + rest, self._room(band.kind)), count))
         self._log.grown(self.extents, len(self._relocations), self._reserve)
 
     # -- making room ---------------------------------------------------------------------------
+
+    def _room(self, kind: Kind) -> int:
+        """Pages that a band can take from the gap."""
+        geometry, (kv, ssm) = self.geometry, self._bands
+        if kind is Kind.KV:
+            return geometry.pages_beside(ssm.capacity, self._reserve) - kv.capacity
+        return geometry.blocks_beside(kv.capacity, self._reserve) - ssm.capacity
 
     def _make_room(self, pages: int, blocks: int) -> None:
         """Bring so many free pages into both bands, or raise and change nothing."""
@@ -388,11 +398,12 @@ class Arena:
         """
         if missing <= 0:
             return
-        band, gap = self._bands[kind], self.gap_bytes - self._reserve
-        count = min(missing, gap // band.unit)
-        if self._log is None and gap - band.chunk_pages * band.unit > self._batch_bytes:
-            count = max(count, band.chunk_pages)
-        if count:
+        band = self._bands[kind]
+        if self._log is None:
+            chunk = band.chunk_pages
+            if self.gap_bytes - self._reserve - chunk * band.unit > self._batch_bytes:
+                missing = max(missing, chunk)
+        if count := min(missing, self._room(kind)):
             self._grow(band, count)
 
     def _migrate(self, kind: Kind, missing: int, reserve: int) -> None:
@@ -405,15 +416,13 @@ class Arena:
         """
         band, donor = self._bands[kind], self._bands[kind.other]
         spare = donor.free - reserve
-        gap = self.gap_bytes - self._reserve
-        needed = ceil_div(missing * band.unit - gap, donor.unit)
-        batch = ceil_div(self._batch_bytes - gap, donor.unit)
-        given = min(max(needed, batch), spare)
+        left = self.geometry.beside(donor.kind, band.capacity + missing, self._reserve)
+        batch = ceil_div(self._batch_bytes - self.gap_bytes + self._reserve, donor.unit)
+        given = min(max(donor.capacity - left, batch), spare)
         self._shrink(donor, given)
-        gap = self.gap_bytes - self._reserve
         # What moves beyond what is missing waits in the gap where it would have to be backed.
         least = missing if self._log is not None else max(missing, self._batch_bytes // band.unit)
-        self._grow(band, min(least, gap // band.unit))
+        self._grow(band, min(least, self._room(kind)))
         statistics = self.statistics
         statistics.migrations[kind] += 1
         statistics.migrated_bytes[kind] += given * donor.unit
@@ -473,13 +482,9 @@ class Arena:
     # -- checks --------------------------------------------------------------------------------
 
     def digest(self) -> tuple[tuple[int, int], int]:
-        """Known handles of each pool, and a checksum of the page table over them."""
-        value, known = 0, []
-        for band in self._bands:
-            table = array("i", [0, *map(band.physical, range(1, band.known + 1))])
-            value = zlib.crc32(table.tobytes(), value)
-            known.append(band.known)
-        return (known[0], known[1]), value
+        """Known handles of each pool, and a checksum of their positions."""
+        kv, ssm = self._bands
+        return (kv.known, ssm.known), zlib.crc32(ssm.positions(), zlib.crc32(kv.positions()))
 
     def verify(self, referenced: Iterable[int] | None = None) -> None:
         """Check every invariant of the design.

@@ -67,7 +67,7 @@ class Band:
         self.free = 0
         # physical = origin + step * position
         self._step = 1 if kind is Kind.SSM else -1
-        self._origin = geometry.null_blocks - 1 if kind is Kind.SSM else geometry.pages
+        self._origin = geometry.origin(kind)
         # The page table and its inverse; both grow with the largest capacity ever reached. Entry 0
         # is the null page's.
         self._position_of = array("i", [0])
@@ -89,6 +89,10 @@ class Band:
     def position(self, handle: int) -> int:
         """Position of a handle, 1 for the outermost page."""
         return self._position_of[handle & ID_MASK]
+
+    def positions(self) -> bytes:
+        """Positions of all known handles in the order of their ids, the null page's 0 in front."""
+        return self._position_of.tobytes()
 
     def handle_at(self, position: int) -> int:
         """Handle at a position."""

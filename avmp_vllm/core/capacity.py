@@ -106,8 +106,7 @@ class StaticSplit:
     def blocks(self) -> int:
         """Usable SSM blocks; the null bytes are taken off first, as from an arena."""
         geometry = self.geometry
-        null = geometry.null_blocks * geometry.block_bytes
-        usable = geometry.pages * geometry.page_bytes - null
+        usable = geometry.high_end - geometry.null_end
         return int(usable * self.ratio / (1 + self.ratio)) // geometry.block_bytes
 
     @property

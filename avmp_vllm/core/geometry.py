@@ -98,7 +98,7 @@ class Geometry:
         """Length K of the KV view, null pages included."""
         return self.arena_bytes // self.page_bytes
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Length S of the SSM view, null blocks included."""
         return self.arena_bytes // self.block_bytes
@@ -120,7 +120,12 @@ class Geometry:
         """SSM blocks that exist if no KV page does."""
         return self.pages * self.page_bytes // self.block_bytes - self.null_blocks
 
-    @property
+    @cached_property
+    def null_end(self) -> int:
+        """Byte at which the SSM band begins."""
+        return self.null_blocks * self.block_bytes
+
+    @cached_property
     def high_end(self) -> int:
         """Byte at which the highest KV page ends."""
         return self.pages * self.page_bytes
@@ -128,7 +133,16 @@ class Geometry:
     @property
     def rounding_bytes(self) -> int:
         """Bytes above the last whole KV page, used by nobody."""
-        return self.arena_bytes - self.pages * self.page_bytes
+        return self.arena_bytes - self.high_end
+
+    def stage(self, number: int) -> Geometry:
+        """The arena of a pipeline stage, of which there is one here."""
+        assert number == 0, number
+        return self
+
+    def origin(self, kind: Kind) -> int:
+        """Physical index of position 0 of a pool's band, which holds no page."""
+        return self.null_blocks - 1 if kind is Kind.SSM else self.pages
 
     def unit(self, kind: Kind) -> int:
         """Bytes of one page of a pool."""
@@ -161,6 +175,12 @@ class Geometry:
             (self.pages - pages) * self.page_bytes - reserve
         ) // self.block_bytes - self.null_blocks
 
+    def beside(self, kind: Kind, others: int, reserve: int = 0) -> int:
+        """Pages of a pool that exist beside so many of the other and a gap."""
+        if kind is Kind.SSM:
+            return self.blocks_beside(others, reserve)
+        return self.pages_beside(others, reserve)
+
     def pages_for(self, tokens: int) -> int:
         """KV pages of a request of so many tokens, over all groups."""
         pages = ceil_div(tokens, self.page_tokens)
@@ -184,10 +204,15 @@ class Geometry:
             tokens: Length of each sequence.
             blocks_each: SSM blocks that each holds.
         """
-        pages = self.pages_for(tokens)
-        each = pages * self.page_bytes + blocks_each * self.block_bytes
-        usable = self.pages * self.page_bytes - self.null_blocks * self.block_bytes
-        return max(usable, 0) // each
+        usable = max(self.high_end - self.null_end, 0)
+        return usable // self._sequence_bytes(tokens, blocks_each)
+
+    def concurrency(self, tokens: int, blocks_each: int = 1) -> float:
+        """The same without rounding."""
+        return (self.high_end - self.null_end) / self._sequence_bytes(tokens, blocks_each)
+
+    def _sequence_bytes(self, tokens: int, blocks_each: int) -> int:
+        return self.pages_for(tokens) * self.page_bytes + blocks_each * self.block_bytes
 
     def require_one_request(self, tokens: int, blocks_each: int = 1) -> None:
         """Refuse an arena that cannot hold one request of so many tokens.

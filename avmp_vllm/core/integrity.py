@@ -20,14 +20,13 @@ def problems(arena: Arena, referenced: Iterable[int] | None = None) -> list[str]
     """
     geometry, (kv, ssm) = arena.geometry, arena._bands
     found = kv.problems() + ssm.problems()
-    if arena.gap_bytes < 0:
+    if not geometry.fits(kv.capacity, ssm.capacity):
         found.append(f"the bands cross by {-arena.gap_bytes} bytes")
     if arena.gap_bytes < arena.reserve_bytes and not arena._over:
         found.append(f"a gap of {arena.gap_bytes} bytes is below the reserve {arena.reserve_bytes}")
-    null_end = geometry.null_blocks * geometry.block_bytes
-    if null_end < geometry.null_bytes:
+    if geometry.null_end < geometry.null_bytes:
         found.append("the SSM band begins inside the null bytes")
-    total = null_end + arena.gap_bytes + geometry.rounding_bytes
+    total = geometry.null_end + arena.gap_bytes + geometry.rounding_bytes
     for kind in Kind:
         band = arena._bands[kind]
         if arena.used(kind) < 0:

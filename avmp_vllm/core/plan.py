@@ -8,8 +8,8 @@ States inside of a chunk are saved by the forward pass itself.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
 from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.handles import Kind
@@ -55,6 +55,9 @@ class Save(NamedTuple):
     tokens: int
 
 
+_Moves = TypeVar("_Moves", Relocation, Copy)
+
+
 @dataclass
 class MovePlan:
     """One step's plan.
@@ -64,8 +67,8 @@ class MovePlan:
         relocations: In the order in which they must appear to happen.
         zeros: Physical KV pages to clear.
         copies: Copy-on-write pairs.
-        digest: Under verification, the known handles of each pool and the page table's checksum
-            after this plan, which the worker compares with its own copy.
+        digest: Under verification, the known handles of each pool and the checksum of their
+            positions after this plan, which the worker compares with its own copy.
         saves: States that the step's forward pass leaves inside of its chunks; of each chunk in
             ascending order.
         stages: In an elastic arena, what must have memory *before*: one stage for each part of the
@@ -82,3 +85,20 @@ class MovePlan:
     saves: list[Save] = field(default_factory=list)
     stages: tuple[Stage, ...] = ()
     after: Extents | None = None
+
+    def shifted(self, by: tuple[int, int]) -> MovePlan:
+        """The same plan where indices are so much larger, by kind: in another pipeline stage."""
+        return replace(
+            self,
+            relocations=[
+                move._replace(
+                    source=move.source + by[move.kind], target=move.target + by[move.kind]
+                )
+                for move in self.relocations
+            ],
+            zeros=[page + by[Kind.KV] for page in self.zeros],
+            copies=[
+                Copy(copy.kind, copy.source + by[copy.kind], copy.target + by[copy.kind])
+                for copy in self.copies
+            ],
+        )

@@ -172,6 +172,12 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "kernel_block_sizes",
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_mamba_bufs": ("self",),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.sync_and_gather_intermediate_tensors": (
+        "self",
+        "num_tokens",
+        "intermediate_tensors",
+        "sync_self",
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_minimal_kv_cache_for_profiling": (
         "self",
     ),

@@ -68,7 +68,6 @@ REFUSED = {
     "--enable-sleep-mode": (),
     "--decode-context-parallel-size": ("2",),
     "--prefill-context-parallel-size": ("2",),
-    "--pipeline-parallel-size": ("2",),
     "--speculative-config": ('{"method": "ngram_gpu", "num_speculative_tokens": 3}',),
     "--disable-hybrid-kv-cache-manager": (),
     "--num-gpu-blocks-override": ("100",),

@@ -228,7 +228,6 @@ SET = {
     "--enable-sleep-mode": {"model_config.enable_sleep_mode": True},
     "--decode-context-parallel-size": {"parallel_config.decode_context_parallel_size": 2},
     "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
-    "--pipeline-parallel-size": {"parallel_config.pipeline_parallel_size": 2},
     "--speculative-config": {"speculative_config": argparse.Namespace(method="medusa")},
     "--attention-config.hisparse_config": {"attention_config.hisparse_config": object()},
     "--disable-hybrid-kv-cache-manager": {"scheduler_config.disable_hybrid_kv_cache_manager": True},
@@ -265,6 +264,22 @@ def test_kernels_by_handle_take_no_drafts(vllm_config, monkeypatch):
     monkeypatch.setitem(vllm_config.__dict__, "speculative_config", drafts)
     with pytest.raises(ConfigError, match=r"does not work with --speculative-config ngram.*'reso"):
         refuse(vllm_config)
+
+
+def test_pipelines_take_no_drafts_and_schedule_ahead_on_v2_alone(vllm_config, monkeypatch):
+    """A pipeline by itself is taken."""
+    monkeypatch.setitem(vllm_config.parallel_config.__dict__, "pipeline_parallel_size", 2)
+    refuse(vllm_config)
+    with monkeypatch.context() as drafting:
+        drafts = argparse.Namespace(method="ngram")
+        drafting.setitem(vllm_config.__dict__, "speculative_config", drafts)
+        with pytest.raises(ConfigError, match="--speculative-config ngram was not tried"):
+            refuse(vllm_config)
+    monkeypatch.setitem(vllm_config.scheduler_config.__dict__, "async_scheduling", True)
+    with pytest.raises(ConfigError, match=r"--async-scheduling with .* 2 needs Model Runner V2"):
+        refuse(vllm_config)
+    monkeypatch.setattr(type(vllm_config), "use_v2_model_runner", property(lambda self: True))
+    refuse(vllm_config)
 
 
 def test_kernels_by_handle_need_runner_v2(tiny_jamba):

@@ -32,7 +32,7 @@ from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, TABLE_COST, Role
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
 from avmp_vllm.engine.layout.groups import REFUSED, ROLES, first_spec, sort_layers
-from avmp_vllm.engine.layout.limits import refuse_drafts
+from avmp_vllm.engine.layout.limits import most_sequences, refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
 
 
@@ -95,6 +95,17 @@ def test_families_fit_two_pools(family):
     check_layout(specs, config)
     assert isinstance(first_spec(config.kv_cache_groups[-1].kv_cache_spec), MambaSpec)
     assert ROLES[type(first_spec(config.kv_cache_groups[0].kv_cache_spec))] is Role.SLOTS
+
+
+def test_the_most_sequences_hold_a_state_for_each_draft():
+    """At one page each: as many as fit with all of them."""
+    specs = {"a": attention(), "s": state(num_speculative_blocks=3)}
+    config = arena_config(Sizes(), specs, 1 << 20)
+    page, block = config.geometry.page_bytes, config.geometry.block_bytes
+    most = most_sequences(config)
+    assert most == ((1 << 20) // page * page - config.geometry.null_end) // (page + 4 * block)
+    plain = arena_config(Sizes(), specs | {"s": state()}, 1 << 20)
+    assert most_sequences(plain) > most
 
 
 def test_a_plain_hybrid_has_the_layout_it_always_had():
@@ -162,7 +173,7 @@ def test_other_specs_are_refused_by_type(spec):
 @pytest.mark.parametrize("missing", ["a", "s"])
 def test_a_model_without_one_kind_is_refused(missing):
     family = {name: spec for name, spec in FAMILIES["jamba"].items() if name != missing}
-    with pytest.raises(ConfigError, match=r"the model has no .* layer"):
+    with pytest.raises(ConfigError, match=r"there is no .* layer"):
         sort_layers(family)
 
 

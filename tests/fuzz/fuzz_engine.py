@@ -7,6 +7,7 @@ import copy
 import functools
 import tempfile
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,8 +30,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 from avmp_vllm.core import ArenaTooSmall
 from avmp_vllm.core.capacity import stock_block_tokens
 from avmp_vllm.engine.entry import minors
-from avmp_vllm.engine.layout.arena import arena_config
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_configs
 from avmp_vllm.engine.layout.limits import fit_model_len
+from avmp_vllm.engine.layout.stages import Stage
 from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
@@ -69,7 +71,8 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
     scheduler.long_prefill_token_threshold = settings.threshold
     scheduler.max_num_seqs = settings.sequences
     scheduler.policy = settings.policy
-    scheduler.async_scheduling = settings.ahead > 0
+    scheduler.async_scheduling = settings.ahead > 0 and settings.asynchronous
+    config.parallel_config.pipeline_parallel_size = settings.stages
     if avmp:
         config.additional_config = {
             "block_manager": "avmp",
@@ -84,12 +87,14 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
     return config
 
 
-def _specs(settings: Settings) -> tuple[FullAttentionSpec, MambaSpec]:
-    """One layer of each kind; a token has two cells, a state ``state_cells``."""
-    kv = FullAttentionSpec(block_size=PAGE_TOKENS, num_kv_heads=1, head_size=1, dtype=torch.float64)
+def _specs(settings: Settings, stage: int = 0) -> tuple[FullAttentionSpec, MambaSpec]:
+    """One layer of each kind; a token has two cells, a state ``state_cells``, or more later."""
+    kv = FullAttentionSpec(
+        block_size=PAGE_TOKENS, num_kv_heads=1 + stage % 2, head_size=1, dtype=torch.float64
+    )
     ssm = MambaSpec(
         block_size=settings.spacing if settings.caching else settings.max_model_len,
-        shapes=((settings.state_cells,),),
+        shapes=((settings.state_cells * (1 + stage),),),
         dtypes=(torch.float64,),
         mamba_cache_mode="align" if settings.caching else "none",
         num_prefill_checkpoint_blocks=int(settings.checkpoints),
@@ -98,12 +103,24 @@ def _specs(settings: Settings) -> tuple[FullAttentionSpec, MambaSpec]:
     return kv, ssm
 
 
-def _cache_config(settings: Settings, config: VllmConfig, memory: int, avmp: bool) -> KVCacheConfig:
-    kv, ssm = _specs(settings)
+def _arena_configs(settings: Settings, config: VllmConfig, memory: int) -> list[AVMPCacheConfig]:
+    """An arena for each stage; those behind the first have half as many bytes more."""
+    stages = []
+    for number in range(settings.stages):
+        kv, ssm = _specs(settings, number)
+        size = memory * (2 + number) // 2
+        stages.append(Stage({f"{number}.kv": kv, f"{number}.ssm": ssm}, size))
+    return arena_configs(config, stages)
+
+
+def _cache_configs(
+    settings: Settings, config: VllmConfig, memory: int, avmp: bool
+) -> Sequence[KVCacheConfig]:
     if avmp:
-        cache: KVCacheConfig = arena_config(config, {"kv": kv, "ssm": ssm}, memory)
-        fit_model_len(config, cache)
-        return cache
+        caches = _arena_configs(settings, config, memory)
+        fit_model_len(config, caches[0])
+        return caches
+    kv, ssm = _specs(settings)
     block = stock_block_tokens(
         PAGE_TOKENS, kv.page_size_bytes, ssm.page_size_bytes, unit=PAGE_TOKENS
     )
@@ -116,17 +133,16 @@ def _cache_config(settings: Settings, config: VllmConfig, memory: int, avmp: boo
     if config.cache_config.prefix_cache_retention_interval:
         # A multiple of the block, which stock has chosen.
         config.cache_config.prefix_cache_retention_interval = 2 * block
-    (cache,) = minors.stock_cache_configs(config, [{"kv": kv, "ssm": ssm}], [memory])
-    return cache
+    return minors.stock_cache_configs(config, [{"kv": kv, "ssm": ssm}], [memory])
 
 
 def least_memory(settings: Settings) -> int:
     """Bytes of the smallest arena that AVMP accepts."""
-    config, (kv, ssm) = _vllm_config(settings, avmp=True), _specs(settings)
+    config = _vllm_config(settings, avmp=True)
 
     def accepted(size: int) -> bool:
         try:
-            fit_model_len(config, arena_config(config, {"kv": kv, "ssm": ssm}, size))
+            fit_model_len(config, _arena_configs(settings, config, size)[0])
         except ArenaTooSmall:
             return False
         return True
@@ -145,7 +161,7 @@ class Session:
 
 
 class Engine:
-    """A scheduler and a simulated worker.
+    """A scheduler and a simulated worker, or one for each pipeline stage.
 
     Args:
         settings: Of the stream.
@@ -158,13 +174,14 @@ class Engine:
         self.settings = settings
         config = _vllm_config(settings, avmp)
         kv_cache_utils.init_none_hash(sha256_cbor)
-        cache = _cache_config(settings, config, memory, avmp)
+        caches = _cache_configs(settings, config, memory, avmp)
+        cache = kv_cache_utils.generate_scheduler_kv_cache_config(list(caches))
         config.cache_config.num_gpu_blocks = cache.num_blocks
         config.cache_config.block_size = min(
             group.kv_cache_spec.block_size for group in cache.kv_cache_groups
         )
         block, hash_block = kv_cache_utils.resolve_kv_cache_block_sizes(cache, config)
-        ahead = settings.ahead > 0
+        ahead = settings.ahead > 0 and settings.asynchronous
         classes = ((Scheduler, AsyncScheduler), (AVMPScheduler, AVMPAsyncScheduler))
         self.scheduler: Any = classes[avmp][ahead](
             vllm_config=config,
@@ -181,9 +198,11 @@ class Engine:
         self._hash_block = hash_block
         managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self._salts: dict[str, str | None] = {}
-        self.worker = SimulatedWorker(
-            cache, hash_block, managers[0].cache_hit_alignment_tokens, self._salts
-        )
+        alignment = managers[0].cache_hit_alignment_tokens
+        self.workers = [
+            SimulatedWorker(cache, hash_block, alignment, self._salts) for cache in caches
+        ]
+        self.worker = self.workers[-1]
         self._check_published = check_published and settings.caching
         self._prefixes: dict[bytes, tuple[list[int], int]] = {}
         self._running: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
@@ -271,9 +290,10 @@ class Engine:
         self.steps += 1
         output = self.scheduler.schedule()
         self._note_prefixes()
-        tokens = self.worker.execute(output)
-        if self._check_published:
-            self.worker.check_published(self.scheduler, self._prefixes)
+        for worker in self.workers:
+            tokens = worker.execute(output)
+            if self._check_published:
+                worker.check_published(self.scheduler, self._prefixes)
         idle = not output.num_scheduled_tokens
         if not idle:
             self._running.append((output, tokens))

@@ -18,6 +18,9 @@ class Settings:
             Mamba-2 on CUDA.
         anywhere: Whether they save as many as are wanted at any position, as AVMP's Mamba-1.
         ahead: Steps that are scheduled before the output of the first of them arrives.
+        asynchronous: Whether a request may be in several of them; else a pipeline is filled with
+            steps of different requests.
+        stages: Pipeline stages, each with a layer of each kind and of other sizes than the others'.
         retention: ``--prefix-cache-retention-interval``.
         policy: Of vLLM's scheduler.
         spacing: ``checkpoint_tokens``.
@@ -38,6 +41,8 @@ class Settings:
     checkpoints: bool = False
     anywhere: bool = False
     ahead: int = 0
+    asynchronous: bool = True
+    stages: int = 1
     retention: int | None = 0
     policy: str = "fcfs"
     spacing: int = 64

@@ -108,7 +108,7 @@ class Layout:
         assert isinstance(ssm, MambaSpec)
         size = max(tensor.size for tensor in config.kv_cache_tensors)
         memory = np.zeros(size // 8, dtype=np.uint64)
-        geometry = config.geometry if isinstance(config, AVMPCacheConfig) else None
+        geometry = config.own if isinstance(config, AVMPCacheConfig) else None
         page = kv.page_size_bytes // 8
         state = geometry.block_bytes // 8 if geometry else page
         pages, blocks = len(memory) // page, len(memory) // state
@@ -146,8 +146,9 @@ class SimulatedWorker:
         self.rows: dict[str, Row] = {}
         self.reads = 0
         self._state_column: dict[str, int] = {}
-        geometry = config.geometry if isinstance(config, AVMPCacheConfig) else None
-        self.table = PageTable(geometry) if geometry else None
+        is_arena = isinstance(config, AVMPCacheConfig)
+        self.table = PageTable(config.own) if is_arena else None
+        self._shift = config.shift if is_arena else (0, 0)
         self._plans = 0
         self.saved = 0
         self._saves: dict[int, list[Save]] = {}
@@ -201,6 +202,7 @@ class SimulatedWorker:
             return
         self._plans += 1
         assert plan.number == self._plans, "a move plan was lost"
+        plan = plan.shifted(self._shift)
         views = {Kind.KV: layout.kv, Kind.SSM: layout.states}
         for move in plan.relocations:
             views[move.kind][move.target] = views[move.kind][move.source].copy()

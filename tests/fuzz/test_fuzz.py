@@ -17,6 +17,7 @@ from fuzz_worker import SimulatedWorker, WrongContent
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from avmp_vllm.core import InvariantViolation, Save
+from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
 from avmp_vllm.engine.scheduler.scheduler import MovePlanMixin
@@ -69,6 +70,38 @@ def test_stock_and_avmp_say_the_same(first: int) -> None:
                 assert ours.sessions[name].answer == session.answer, f"stream {seed}, {name}"
                 compared += 1
     assert compared
+
+
+def pipeline(seed: int, **changes: Any) -> Stream:
+    """A stream through two or three pipeline stages, filled or scheduled ahead."""
+    stages = 2 + seed % 2
+    return draw(seed, stages=stages, ahead=stages - 1, asynchronous=seed % 4 < 2, **changes)
+
+
+def test_every_stream_ends_in_a_pipeline() -> None:
+    """In every stage, whose pages have other sizes, what is read is what was written."""
+    moved = 0
+    for seed in range(2 * BATCH):
+        try:
+            engine = run(pipeline(seed))
+        except Exception as error:
+            error.add_note(f"stream {seed}: {pipeline(seed).settings}")
+            raise
+        assert len(engine.workers) == 2 + seed % 2
+        moved += sum(engine.scheduler.kv_cache_manager.arena.statistics.relocations.values())
+    assert moved > 100
+
+
+def test_control_a_stage_with_anothers_indices_reads_wrong_content(monkeypatch) -> None:
+    """Every stage takes the plan's indices, which are the first one's, for its own."""
+    monkeypatch.setattr(AVMPCacheConfig, "shift", (0, 0))
+
+    def run_all() -> None:
+        for seed in range(2 * BATCH):
+            run(pipeline(seed, verify=False))
+
+    with pytest.raises((WrongContent, IndexError)):
+        run_all()
 
 
 # -- the prompts that found it ---------------------------------------------------------------------

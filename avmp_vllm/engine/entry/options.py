@@ -71,12 +71,6 @@ REFUSALS = (
         "a KV page would be spread over ranks",
     ),
     Refusal(
-        "--pipeline-parallel-size",
-        lambda c: c.parallel_config.pipeline_parallel_size,
-        _parallel,
-        "stages have different page sizes, and one arena geometry cannot serve them",
-    ),
-    Refusal(
         "--speculative-config",
         lambda c: c.speculative_config and c.speculative_config.method,
         lambda method: method is not None and method not in DRAFTERS,
@@ -132,6 +126,18 @@ def refuse(vllm_config: VllmConfig) -> None:
             "'resolved', or unset VLLM_USE_V2_MODEL_RUNNER if it is 0"
         )
     drafts = vllm_config.speculative_config
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    if drafts is not None and stages > 1:
+        raise ConfigError(
+            f"--speculative-config {drafts.method} was not tried with --pipeline-parallel-size "
+            f"{stages}: remove one of them"
+        )
+    ahead = vllm_config.scheduler_config.async_scheduling
+    if ahead and stages > 1 and not vllm_config.use_v2_model_runner:
+        raise ConfigError(
+            f"--async-scheduling with --pipeline-parallel-size {stages} needs Model Runner V2: "
+            "remove one of them"
+        )
     if by_handle and drafts is not None:
         raise ConfigError(
             f"kernels = 'handles' does not work with --speculative-config {drafts.method}: its "

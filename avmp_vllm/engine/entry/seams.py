@@ -83,9 +83,9 @@ ENGINE = (
     Seam(
         "vllm.v1.engine.core",
         "EngineCore._initialize_kv_caches",
-        "avmp_vllm.engine.entry.last_line:initialize_kv_caches",
+        "avmp_vllm.engine.layout.arena:initialize_kv_caches",
         ("self", "vllm_config"),
-        "an arena that is too small is the last line that the user reads",
+        "what is refused is the last line that the user reads, pipeline stages before all else",
         "errors of the engine core handed to the process that started it",
     ),
     Seam(

@@ -11,23 +11,26 @@ and all of them view the same buffer from byte 0, with plain strides::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec, KVCacheTensor
 
-from avmp_vllm.core import ArenaTooSmall, Geometry, Kind
+from avmp_vllm.core import ArenaTooSmall, Geometry, Kind, PipelineGeometry
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.tables import Layout, Role, arena_geometry, place, round_up
-from avmp_vllm.engine.entry.config import ConfigError, selected
+from avmp_vllm.engine.entry import last_line
+from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
 from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, refuse_drafts
 from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
+from avmp_vllm.engine.layout.stages import Stage, require_every_kind, stages_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.v1.engine.core import EngineCore
 
 
 #: Bytes that surely hold a page of each kind, for what does not depend on them; never allocated.
@@ -38,19 +41,55 @@ ANY_ARENA = 1 << 50
 class AVMPCacheConfig(KVCacheConfig):
     """vLLM's cache configuration with an arena behind it.
 
-    ``num_blocks`` counts the KV view's pages. Being a class of this module, it survives the deep
-    copies and the pickling that vLLM does. vLLM's scheduler sees one layer's spec of each group;
-    ``layer_specs`` are those of all layers.
+    ``geometry`` is what the scheduler decides with, over all pipeline stages; ``own`` is that of
+    the arena in this worker. ``num_blocks`` counts the KV view's pages. Being a class of this
+    module, it survives the deep copies and the pickling that vLLM does. vLLM's scheduler sees one
+    layer's spec of each group; ``stages`` has those of all layers of each pipeline stage.
     """
 
     geometry: Geometry | None = None
-    layer_specs: dict[str, KVCacheSpec] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    stage: int = 0
+
+    @property
+    def own(self) -> Geometry:
+        """The arena of this worker."""
+        assert self.geometry is not None
+        return self.geometry.stage(self.stage)
+
+    @property
+    def shift(self) -> tuple[int, int]:
+        """By how much this worker's physical indices exceed those of move plans, by kind."""
+        assert self.geometry is not None
+        kv, ssm = (self.own.origin(kind) - self.geometry.origin(kind) for kind in Kind)
+        return kv, ssm
+
+    @property
+    def layer_specs(self) -> dict[str, KVCacheSpec]:
+        """Specs of all layers of the model, by name."""
+        return {name: spec for stage in self.stages for name, spec in stage.specs.items()}
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Length of the view that a tensor describes."""
-        assert self.geometry is not None
-        is_state = kind_of_spec(self.layer_specs[tensor.layers[0]]) is Kind.SSM
-        return self.geometry.blocks if is_state else self.geometry.pages
+        spec = self.stages[self.stage].specs[tensor.layers[0]]
+        return self.own.blocks if kind_of_spec(spec) is Kind.SSM else self.own.pages
+
+
+def initialize_kv_caches(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap ``EngineCore._initialize_kv_caches``: refuse pipeline stages that lack a kind of layer.
+
+    vLLM fails over such stages earlier than it asks for cache configurations, without a reason.
+    """
+
+    @last_line.initialize_kv_caches
+    def wrapper(self: EngineCore, vllm_config: VllmConfig) -> Any:
+        several = vllm_config.parallel_config.pipeline_parallel_size > 1
+        if several and selected(vllm_config.additional_config) is not None:
+            specs = self.model_executor.get_kv_cache_specs()
+            _block_tables(vllm_config, stages_of(specs, [ANY_ARENA] * len(specs)))
+        return stock(self, vllm_config)
+
+    return wrapper
 
 
 def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,17 +106,14 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[KVCacheConfig]:
         if selected(vllm_config.additional_config) is None:
             return stock(vllm_config, kv_cache_specs, available_memory, *groups)
-        configs = [
-            arena_config(vllm_config, specs, min(available_memory)) for specs in kv_cache_specs
-        ]
-        geometry = configs[0].geometry
-        assert geometry is not None
-        if any(config.geometry != geometry for config in configs):
-            raise ConfigError("ranks have different page sizes, which AVMP cannot serve")
+        stages = stages_of(kv_cache_specs, available_memory)
+        configs = arena_configs(vllm_config, stages)
         refuse_drafts(vllm_config, configs[0].layer_specs)
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, configs[0])
-        return list(configs)
+        return [
+            config for config, stage in zip(configs, stages, strict=True) for _ in stage.workers
+        ]
 
     return wrapper
 
@@ -93,31 +129,91 @@ def get_global_kv_cache_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
     ) -> list[KVCacheGroupSpec]:
         if selected(vllm_config.additional_config) is None:
             return stock(vllm_config, kv_cache_specs)
-        merged = {name: spec for specs in kv_cache_specs for name, spec in specs.items()}
-        return list(arena_config(vllm_config, merged, ANY_ARENA).kv_cache_groups)
+        stages = stages_of(kv_cache_specs, [ANY_ARENA] * len(kv_cache_specs))
+        return _groups(_block_tables(vllm_config, stages))
 
     return wrapper
 
 
 def arena_config(
-    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], arena_bytes: int
+    vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec], arena_bytes: int
 ) -> AVMPCacheConfig:
-    """Lay one rank's layers out over an arena.
+    """Lay the layers of one rank out over an arena, as ``arena_configs`` does."""
+    (config,) = arena_configs(vllm_config, [Stage(specs, arena_bytes)])
+    return config
+
+
+def arena_configs(vllm_config: VllmConfig, stages: Sequence[Stage]) -> list[AVMPCacheConfig]:
+    """Lay each pipeline stage's layers out over an arena of its own.
+
+    Block tables are the same in every stage, each with the stage's own layers.
 
     Args:
         vllm_config: For the retention setting, and what a request holds of a window.
-        specs: Layer name to its exact cache spec.
-        arena_bytes: Bytes of the arena.
+        stages: In order.
 
     Raises:
-        ConfigError: A kind of layer that has no pool.
+        ConfigError: A kind of layer that has no pool, or a stage without some kind.
         ArenaTooSmall: Not even one page of each kind.
     """
-    tables = even_pages(sort_layers(specs), vllm_config)
+    tables = _block_tables(vllm_config, stages)
+    own = [[table.among(stage.specs) for table in tables] for stage in stages]
+    geometries = [
+        _geometry(vllm_config, tables, stage) for tables, stage in zip(own, stages, strict=True)
+    ]
+    geometry = PipelineGeometry.over(geometries)
+    return [
+        AVMPCacheConfig(
+            num_blocks=geometry.pages,
+            kv_cache_tensors=[
+                KVCacheTensor(
+                    size=stage.arena_bytes,
+                    layers=names,
+                    layer_stride=_stride(table, spec),
+                    block_stride=geometries[number].unit(table.kind),
+                    offset=offset,
+                )
+                for table in own[number]
+                for offset, spec, names in _placed(table)
+            ],
+            kv_cache_groups=_groups(own[number]),
+            prefix_cache_retention_interval=(
+                vllm_config.cache_config.prefix_cache_retention_interval
+            ),
+            geometry=geometry,
+            stages=list(stages),
+            stage=number,
+        )
+        for number, stage in enumerate(stages)
+    ]
+
+
+def _block_tables(vllm_config: VllmConfig, stages: Sequence[Stage]) -> list[Layers]:
+    """Block tables of all stages' layers, of which each stage has some of every one."""
+    specs = {name: spec for stage in stages for name, spec in stage.specs.items()}
+    if len(stages) > 1:
+        # First, since a stage without attention does not even settle the sizes of its blocks.
+        kinds = {kind: {n: s for n, s in specs.items() if kind_of_spec(s) is kind} for kind in Kind}
+        by_kind = [Layers(Role.SLOTS, kinds[Kind.KV]), Layers(Role.STATE, kinds[Kind.SSM])]
+        require_every_kind(vllm_config, by_kind, stages)
+    tables = sort_layers(specs)
+    if len(stages) == 1:
+        # Where there are more, a part of a table might have no layer in some stage.
+        tables = even_pages(tables, vllm_config)
+    require_every_kind(vllm_config, tables, stages)
+    return tables
+
+
+def _groups(tables: Sequence[Layers]) -> list[KVCacheGroupSpec]:
+    return [KVCacheGroupSpec(list(table.specs), table.shared_spec()) for table in tables]
+
+
+def _geometry(vllm_config: VllmConfig, tables: Sequence[Layers], stage: Stage) -> Geometry:
+    """Sizes of a stage's arena."""
     *paged, states = tables
     try:
-        geometry = arena_geometry(
-            arena_bytes,
+        return arena_geometry(
+            stage.arena_bytes,
             [in_cores_terms(table, vllm_config) for table in paged],
             _layouts(states),
             lcm(*(s.get_block_stride_alignment() for t in paged for s in t.specs.values())),
@@ -126,26 +222,6 @@ def arena_config(
         raise ArenaTooSmall(
             f"{error}; raise --kv-cache-memory-bytes or --gpu-memory-utilization"
         ) from None
-    return AVMPCacheConfig(
-        num_blocks=geometry.pages,
-        kv_cache_tensors=[
-            KVCacheTensor(
-                size=arena_bytes,
-                layers=names,
-                layer_stride=_stride(table, spec),
-                block_stride=geometry.unit(Kind.SSM if table is states else Kind.KV),
-                offset=offset,
-            )
-            for table in tables
-            for offset, spec, names in _placed(table)
-        ],
-        kv_cache_groups=[
-            KVCacheGroupSpec(list(table.specs), table.shared_spec()) for table in tables
-        ],
-        prefix_cache_retention_interval=(vllm_config.cache_config.prefix_cache_retention_interval),
-        geometry=geometry,
-        layer_specs=dict(specs),
-    )
 
 
 def _stride(table: Layers, spec: KVCacheSpec) -> int:

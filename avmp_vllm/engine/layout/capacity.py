@@ -22,7 +22,7 @@ from vllm.v1.kv_cache_interface import (
     SparseCacheRole,
 )
 
-from avmp_vllm.core import Kind, PageGroup
+from avmp_vllm.core import PageGroup
 from avmp_vllm.core.capacity import StockPlan, binding_pool, stock_block_tokens
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role, round_up
@@ -32,9 +32,8 @@ from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import (
     checkpoint_spacing,
     first_spec,
-    group_of,
-    kind_of_spec,
     role_of,
+    sort_layers,
     state_spec,
 )
 from avmp_vllm.engine.layout.limits import most_pages
@@ -66,8 +65,13 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
     try:
         stock = minors.planning()
         groups = stock.get_kv_cache_groups(vllm_config, inflated)
-        planned: KVCacheConfig = stock.get_kv_cache_config_from_groups(
-            vllm_config, groups, kv_cache_config.kv_cache_tensors[0].size
+        blocks = min(
+            stock.get_kv_cache_config_from_groups(
+                vllm_config,
+                stock._project_kv_cache_groups_to_worker(groups, stage.specs),
+                stage.arena_bytes,
+            ).num_blocks
+            for stage in kv_cache_config.stages
         )
     except (AssertionError, NotImplementedError, ValueError):
         return None
@@ -81,7 +85,7 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
         ),
         ssm_groups=sum(isinstance(spec, MambaSpec) for spec in firsts),
         states=ceil_div(held.max_memory_usage_bytes(vllm_config), held.page_size_bytes),
-        blocks=planned.num_blocks - 1,
+        blocks=blocks - 1,
     )
 
 
@@ -134,6 +138,30 @@ def _stock_line(stock: StockPlan | None) -> str:
     )
 
 
+def _layer_counts(kv_cache_config: AVMPCacheConfig) -> list[int]:
+    """Layers of each block table, in all pipeline stages."""
+    if len(kv_cache_config.stages) == 1:
+        return [len(group.layer_names) for group in kv_cache_config.kv_cache_groups]
+    return [len(table.specs) for table in sort_layers(kv_cache_config.layer_specs)]
+
+
+def _stage_lines(kv_cache_config: AVMPCacheConfig) -> list[str]:
+    """What each of several pipeline stages has of the pages and bytes."""
+    geometry, stages = kv_cache_config.geometry, kv_cache_config.stages
+    assert geometry is not None
+    if len(stages) == 1:
+        return []
+    lines = []
+    for number, stage in enumerate(stages):
+        own = geometry.stage(number)
+        ssm = sum(isinstance(spec, MambaSpec) for spec in stage.specs.values())
+        lines.append(
+            f"  stage {number}: {own.arena_bytes:,} bytes; KV page {own.page_bytes:,} "
+            f"({len(stage.specs) - ssm} layers), SSM block {own.block_bytes:,} ({ssm} layers)"
+        )
+    return lines
+
+
 def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[str]:
     """The capacity block, a line each."""
     geometry = kv_cache_config.geometry
@@ -147,24 +175,20 @@ def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[
         if vllm_config.cache_config.mamba_cache_mode == "align"
         else "off"
     )
-    first, *more = (
-        group
-        for group in kv_cache_config.kv_cache_groups
-        if kind_of_spec(group.kv_cache_spec) is Kind.KV
-    )
+    first, *more, ssm = _layer_counts(kv_cache_config)
     lines = [
         f"AVMP arena: {geometry.arena_bytes:,} bytes, one buffer, two pools, no fixed split",
         f"  KV page    {geometry.page_bytes:>12,} bytes  {geometry.page_tokens} tokens of "
-        f"{len(first.layer_names)} attention layers; at most "
+        f"{first} attention layers; at most "
         f"{geometry.page_limit:,} pages = {geometry.longest(0):,} tokens",
         *(
-            f"             and for {len(group.layer_names)} more: {pages.page_tokens} tokens, "
+            f"             and for {count} more: {pages.page_tokens} tokens, "
             + (f"at most {pages.most:,} pages a request" if pages.most else "a page each")
-            for group, pages in zip(more, geometry.more_groups, strict=True)
+            for count, pages in zip(more, geometry.more_groups, strict=True)
         ),
         f"  SSM block  {geometry.block_bytes:>12,} bytes  one state of "
-        f"{len(group_of(kv_cache_config, Kind.SSM).layer_names)} SSM layers; at most "
-        f"{geometry.block_limit:,} blocks",
+        f"{ssm} SSM layers; at most {geometry.block_limit:,} blocks",
+        *_stage_lines(kv_cache_config),
         f"  prefix cache: {checkpoints}",
         f"  {_stock_line(stock)}; AVMP has {len(kv_cache_config.kv_cache_groups)} block tables",
         f"  {'tokens each':>13} {'sequences':>10} {'tokens':>12} {'stock seqs':>11}  larger part",
@@ -191,11 +215,10 @@ def update_kv_cache_capacity(stock: Callable[..., None]) -> Callable[..., None]:
         assert geometry is not None
         longest = vllm_config.model_config.max_model_len
         states = states_per_sequence(vllm_config, kv_cache_config)
-        each = geometry.pages_for(longest) * geometry.page_bytes + states * geometry.block_bytes
-        usable = geometry.pages * geometry.page_bytes - geometry.null_blocks * geometry.block_bytes
+        concurrency = geometry.concurrency(longest, states)
         cache = vllm_config.cache_config
-        cache.kv_cache_max_concurrency = usable / each
-        cache.kv_cache_size_tokens = int(usable / each * longest)
+        cache.kv_cache_max_concurrency = concurrency
+        cache.kv_cache_size_tokens = int(concurrency * longest)
         for line in describe(vllm_config, kv_cache_config):
             logger.info("%s", line)
         return None

@@ -17,7 +17,7 @@ and rings are pages of the KV pool; all states together are one block of the SSM
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from vllm.v1.kv_cache_interface import (
@@ -97,6 +97,16 @@ class Layers:
     role: Role
     specs: Mapping[str, KVCacheSpec]
 
+    @property
+    def kind(self) -> Kind:
+        """Which pool they belong to."""
+        return Kind.SSM if self.role is Role.STATE else Kind.KV
+
+    def among(self, names: Container[str]) -> Layers:
+        """Those that are among others: a pipeline stage's own."""
+        specs = {name: spec for name, spec in self.specs.items() if name in names}
+        return Layers(self.role, specs)
+
     def layouts(self) -> Iterable[tuple[KVCacheSpec, list[str]]]:
         """Layers of equal spec, which one tensor describes."""
         names: dict[KVCacheSpec, list[str]] = {}
@@ -130,8 +140,9 @@ def sort_layers(specs: Mapping[str, KVCacheSpec]) -> list[Layers]:
     for role, kind in ((Role.SLOTS, Kind.KV), (Role.STATE, Kind.SSM)):
         if role not in roles:
             raise ConfigError(
-                f"the model has no {kind.name} layer: AVMP manages models that mix attention and "
-                "SSM layers; use --block-manager default"
+                f"there is no {kind.name} layer: AVMP manages models, and pipeline stages, that "
+                "mix attention and SSM layers; use --block-manager default, or give each stage of "
+                "--pipeline-parallel-size both by VLLM_PP_LAYER_PARTITION"
             )
     if tables[-2].role is Role.STATE:
         one, other = (next(iter(table.specs.items())) for table in tables[-2:])

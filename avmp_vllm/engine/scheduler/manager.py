@@ -88,9 +88,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
     def usage(self) -> float:
         """Share of the arena's usable bytes that are referenced, 0 to 1."""
         geometry = self.geometry
-        null = geometry.null_blocks * geometry.block_bytes
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
-        return used / (geometry.pages * geometry.page_bytes - null)
+        return used / (geometry.high_end - geometry.null_end)
 
     def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.

@@ -29,14 +29,19 @@ class PlanApplier:
     Args:
         page_table: Handles to physical pages.
         buffer: The bytes.
+        shift: By how much this worker's physical indices exceed those of the plans, by kind; not
+            zero in later pipeline stages.
 
     Attributes:
         saves: What the layers are to save in the step's forward pass.
     """
 
-    def __init__(self, page_table: PageTable, buffer: ArenaBuffer) -> None:
+    def __init__(
+        self, page_table: PageTable, buffer: ArenaBuffer, shift: tuple[int, int] = (0, 0)
+    ) -> None:
         self.page_table = page_table
         self.buffer = buffer
+        self._shift = shift
         self.saves = ChunkSaves(page_table)
         self._applied = 0
 
@@ -59,6 +64,8 @@ class PlanApplier:
             raise InvariantViolation(
                 f"move plan {plan.number} arrived after {self._applied - 1} plans"
             )
+        if any(self._shift):
+            plan = plan.shifted(self._shift)
         self.page_table.apply(plan.relocations)
         self.buffer.apply(plan)
         if plan.digest is not None:

@@ -17,6 +17,7 @@ from avmp_vllm.engine.worker.v1.block_tables import PAGE_TABLE, HandleBuffer
 
 if TYPE_CHECKING:
     import torch
+    from vllm.sequence import IntermediateTensors
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.worker.mamba_utils import MambaBuffers
 
@@ -26,6 +27,7 @@ class MovePlanRunnerMixin(GPUModelRunner):
 
     page_table: PageTable
     _any_cache: torch.Tensor | None
+    intermediate_tensors: IntermediateTensors | None
     _plans: PlanApplier | None = None
 
     def initialize_kv_cache(
@@ -37,8 +39,8 @@ class MovePlanRunnerMixin(GPUModelRunner):
     ) -> None:
         """Make the cache, then put handles into the block tables and a page table behind them."""
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
-        assert kv_cache_config.geometry is not None
-        self.page_table = PageTable(kv_cache_config.geometry)
+        geometry = kv_cache_config.own
+        self.page_table = PageTable(geometry)
         for group, table in zip(
             kv_cache_config.kv_cache_groups,
             self.input_batch.block_table.block_tables,
@@ -50,8 +52,8 @@ class MovePlanRunnerMixin(GPUModelRunner):
         # The cache that CUDA graphs are profiled on gets no plans, and must not be kept alive.
         if not is_profiling:
             assert cache is not None
-            buffer = TorchBuffer(bytes_behind(cache), kv_cache_config.geometry)
-            self._plans = PlanApplier(self.page_table, buffer)
+            buffer = TorchBuffer(bytes_behind(cache), geometry)
+            self._plans = PlanApplier(self.page_table, buffer, kv_cache_config.shift)
             self._plans.saves.bind(self.compilation_config.static_forward_context)
 
     def initialize_kv_cache_tensors(
@@ -61,6 +63,9 @@ class MovePlanRunnerMixin(GPUModelRunner):
         tensors = super().initialize_kv_cache_tensors(kv_cache_config, *args, **kwargs)
         self._any_cache = next(iter(tensors.values()))
         return tensors
+
+    def _init_kv_zero_meta(self) -> None:
+        """Nothing to prepare: move plans zero pages, by kind."""
 
     def _init_minimal_kv_cache_for_profiling(self) -> None:
         initialize_least_cache(self)
@@ -83,9 +88,20 @@ class MovePlanRunnerMixin(GPUModelRunner):
 class AVMPGPUModelRunner(MovePlanRunnerMixin, GPUModelRunner):
     """Runner V1 on CUDA."""
 
-    def _init_kv_zero_meta(self) -> None:
-        """Nothing to prepare: move plans zero pages, by kind."""
-
 
 class AVMPCPUModelRunner(MovePlanRunnerMixin, CPUModelRunner):
     """Runner V1 on the CPU."""
+
+    def sync_and_gather_intermediate_tensors(
+        self, *args: Any, **kwargs: Any
+    ) -> IntermediateTensors:
+        """Make what a later pipeline stage receives into, then receive.
+
+        vLLM makes it in a dummy run, which its CPU worker leaves out where execution is eager and
+        the bytes of the cache are given.
+        """
+        if self.intermediate_tensors is None:
+            self.intermediate_tensors = self.model.make_empty_intermediate_tensors(
+                batch_size=self.max_num_tokens, dtype=self.model_config.dtype, device=self.device
+            )
+        return super().sync_and_gather_intermediate_tensors(*args, **kwargs)

@@ -63,10 +63,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
     def block_tables(self, stock: BlockTables) -> None:
         # vLLM makes its tables in the middle of initialize_kv_cache, and hands their addresses out
         # before it returns; ours must stand in their place from the start.
-        geometry = self.kv_cache_config.geometry
-        assert geometry is not None
         specs = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
-        self._page_table = DevicePageTable(geometry, self.device)
+        self._page_table = DevicePageTable(self.kv_cache_config.own, self.device)
         self._block_tables = ArenaBlockTables(
             stock,
             [kind_of_spec(spec) for spec in specs],
@@ -90,8 +88,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
         if self._by_handle:
             handle_kernels.check_groups(kv_cache_config)
         super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
-        geometry = kv_cache_config.geometry
-        assert geometry is not None
+        geometry = kv_cache_config.own
         if self._by_handle:
             handle_kernels.bind(
                 self.compilation_config.static_forward_context,
@@ -104,7 +101,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
             buffer = KernelBuffer(bytes_behind(self.kv_caches[0]), geometry)
             self._page_table.warm_up()
             buffer.warm_up()
-            self._plans = PlanApplier(self._page_table, buffer)
+            self._plans = PlanApplier(self._page_table, buffer, kv_cache_config.shift)
             self._plans.saves.bind(self.compilation_config.static_forward_context)
             if self._verify:
                 self._check = BatchCheck(self._block_tables, self._page_table.resident, geometry)
