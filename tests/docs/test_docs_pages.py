@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+import vllm.config
 
 from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.entry.config import AVMPConfig
@@ -169,6 +171,76 @@ def test_no_row_refuses_an_option_that_is_taken():
         if "test_refused_options" in cells[-1] and cells[0].startswith("`--")
     ]
     assert {re.match("`([^`]+)`", cell)[1] for cell in refused} == known
+
+
+#: Fields of vLLM's configurations that touch the cache, or when its pages are read and written; the
+#: others of these classes do not.
+TOUCH = {
+    "ParallelConfig": {
+        "pipeline_parallel_size",
+        "tensor_parallel_size",
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+        "data_parallel_size",
+        "enable_expert_parallel",
+        "enable_eplb",
+        "enable_elastic_ep",
+        "enable_dbo",
+        "enable_batch_sharded_sampling",
+        "worker_cls",
+        "worker_extension_cls",
+        "distributed_executor_backend",
+    },
+    "SchedulerConfig": {
+        "max_num_batched_tokens",
+        "max_num_seqs",
+        "long_prefill_token_threshold",
+        "enable_chunked_prefill",
+        "policy",
+        "scheduler_cls",
+        "disable_hybrid_kv_cache_manager",
+        "scheduler_reserve_full_isl",
+        "watermark",
+        "prefill_schedule_interval",
+        "async_scheduling",
+    },
+    "SpeculativeConfig": {
+        "num_speculative_tokens",
+        "model",
+        "method",
+        "draft_tensor_parallel_size",
+        "attention_backend",
+        "kv_cache_dtype",
+        "parallel_drafting",
+        "disable_eagle_block_drop",
+        "num_speculative_tokens_per_batch_size",
+        "enable_adaptive_verification",
+    },
+}
+#: Of ``CacheConfig`` all do, so that one that a new vLLM adds fails the test; but for these, which
+#: vLLM itself fills in.
+DERIVED = {
+    "is_attention_free",
+    "sliding_window",
+    "mamba_page_size_padded",
+    "skip_page_size_padded",
+    "mamba_cache_mode",
+}
+#: Where an option has another name than its field.
+OPTIONS = {"cache_dtype": "kv-cache-dtype", "policy": "scheduling-policy"}
+
+
+@pytest.mark.parametrize("name", ["CacheConfig", *TOUCH])
+def test_every_option_that_touches_the_cache_is_on_the_page(name):
+    """In a table, or among those that were tried by hand or not at all."""
+    fields = {field.name for field in dataclasses.fields(getattr(vllm.config, name)) if field.init}
+    touch = fields - DERIVED if name == "CacheConfig" else TOUCH[name]
+    assert touch <= fields
+    text = page("support.md")
+    for field in sorted(touch):
+        flag = "--" + OPTIONS.get(field, field.replace("_", "-"))
+        ways = [f"`{field}`"] if name == "SpeculativeConfig" else [f"`{flag}", f"`--no-{flag[2:]}"]
+        assert any(way in text for way in ways), flag
 
 
 def test_every_test_that_a_page_names_exists():

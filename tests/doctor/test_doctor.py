@@ -71,6 +71,8 @@ REFUSED = {
     "--speculative-config": ('{"method": "ngram_gpu", "num_speculative_tokens": 3}',),
     "--disable-hybrid-kv-cache-manager": (),
     "--num-gpu-blocks-override": ("100",),
+    "--prefix-match-unit": ("16",),
+    "--enable-mamba-shared-prefix-checkpoint": (),
     "--use-replayssm": (),
 }
 

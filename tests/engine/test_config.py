@@ -232,6 +232,10 @@ SET = {
     "--attention-config.hisparse_config": {"attention_config.hisparse_config": object()},
     "--disable-hybrid-kv-cache-manager": {"scheduler_config.disable_hybrid_kv_cache_manager": True},
     "--num-gpu-blocks-override": {"cache_config.num_gpu_blocks_override": 100},
+    "--prefix-match-unit": {"cache_config.prefix_match_unit": 16},
+    "--enable-mamba-shared-prefix-checkpoint": {
+        "cache_config.enable_mamba_shared_prefix_checkpoint": True
+    },
     "--use-replayssm": {"cache_config.use_replayssm": True},
 }
 

@@ -95,6 +95,18 @@ REFUSALS = (
         "an arena has pages of two sizes; give its bytes with --kv-cache-memory-bytes",
     ),
     Refusal(
+        "--prefix-match-unit",
+        lambda c: c.cache_config.prefix_match_unit,
+        _given,
+        "prefix hits land on pages, whose tokens are AVMP's page_tokens",
+    ),
+    Refusal(
+        "--enable-mamba-shared-prefix-checkpoint",
+        lambda c: c.cache_config.enable_mamba_shared_prefix_checkpoint,
+        _true,
+        "AVMP decides which states are kept by what they are worth, also where prompts part",
+    ),
+    Refusal(
         "--use-replayssm",
         lambda c: c.cache_config.use_replayssm,
         _true,
