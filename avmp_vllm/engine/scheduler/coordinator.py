@@ -202,6 +202,10 @@ class DualPoolCoordinator(KVCacheCoordinator):
             if not apply_admission_cap and blocks <= arena.geometry.block_limit:
                 arena.note_failure(pages, blocks)
             return NOT_NOW
+        if not apply_admission_cap:
+            # They must fit now, but can go again as soon as the step has been scheduled, so that
+            # they keep nobody out for whom vLLM wants a reserve kept.
+            blocks -= self._passing(request_id)
         geometry = arena.geometry
         in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
         if not apply_admission_cap:
@@ -212,6 +216,14 @@ class DualPoolCoordinator(KVCacheCoordinator):
                 need[kind] -= manager._get_num_evictable_blocks(computed)
             self._next = need[Kind.KV], need[Kind.SSM]
         return min(in_pages, arena.available(Kind.KV))
+
+    def _passing(self, request_id: str) -> int:
+        """Blocks of a step that are cached, and nothing more, once it has been scheduled."""
+        return sum(
+            manager.passing(request_id)
+            for manager in self.single_type_managers
+            if isinstance(manager, StateManager)
+        )
 
     def _forgo(self, request_id: str) -> int:
         """Give up the states that a step would save for others; how many blocks that spares."""
