@@ -212,7 +212,7 @@ class StateManager(MambaManager):
 
     def passing(self, request_id: str) -> int:
         """Blocks of the next chunk that its request lets go of when the step is scheduled."""
-        return len(self._inside.get(request_id, (0, ()))[1])
+        return len(self._inside.get(request_id, (0, ()))[1]) if self._inside else 0
 
     def forgo(self, request_id: str) -> int:
         """Give up what a step would save for later requests alone.
