@@ -32,12 +32,20 @@ class AVMPBlockSpaceManager(KVCacheManager):
     Args:
         kv_cache_config: The arena's configuration.
         config: AVMP's options.
+        transfers: Whether a KV connector reads and writes pages beside the model.
         kwargs: Of ``KVCacheManager``.
     """
 
     block_pool: AVMPBlockPool
 
-    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        config: AVMPConfig,
+        *,
+        transfers: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         self.config = config
@@ -52,6 +60,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
             "hash_block_size": kwargs["hash_block_size"],
             "metrics_collector": self.metrics_collector,
             "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+            "transfers": transfers,
             **minors.hash_lookahead(self.block_pool),
         }
         self.coordinator = (
@@ -92,7 +101,17 @@ class AVMPBlockSpaceManager(KVCacheManager):
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
         return used / (geometry.pages * geometry.page_bytes - null)
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        new_computed_blocks: KVCacheBlocks | None = None,
+        num_lookahead_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.
 
         vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
@@ -102,7 +121,48 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
-        return super().allocate_slots(request, *args, **kwargs)
+        if num_external_computed_tokens and new_computed_blocks is not None:
+            new_computed_blocks = self._continued_from_outside(
+                request,
+                new_computed_blocks,
+                num_new_computed_tokens + num_external_computed_tokens,
+            )
+        return super().allocate_slots(
+            request,
+            num_new_tokens,
+            num_new_computed_tokens,
+            new_computed_blocks,
+            num_lookahead_tokens,
+            num_external_computed_tokens,
+            *args,
+            **kwargs,
+        )
+
+    def _continued_from_outside(
+        self, request: Request, hit: KVCacheBlocks, end: int
+    ) -> KVCacheBlocks:
+        """A local hit that a connector goes on with: its pages, and not its state.
+
+        Args:
+            request: Whose hit it is.
+            hit: Its blocks by cache group.
+            end: Tokens of the prefix that is there when the connector's load has ended; the state
+                of those is what it brings.
+        """
+        states = [
+            group[-1]
+            for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
+            if kind is Kind.SSM and group
+        ]
+        self.coordinator.local_state = states[0] if states else None
+        if self.checkpoints is not None:
+            self.checkpoints.intend(request, end, ())
+        return self.create_kv_cache_blocks(
+            tuple(
+                [] if kind is Kind.SSM else list(group)
+                for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
+            )
+        )
 
     def free(self, request: Request) -> None:
         """Free a request's blocks; those that no kept state needs do not stay in the cache."""
