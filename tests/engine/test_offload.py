@@ -126,7 +126,7 @@ def test_preempted_requests_come_back_from_the_host(tiny_jamba):
     assert answers == stock(tiny_jamba, max_tokens=130, count=8)
 
 
-def test_a_request_of_which_no_one_knows_the_end(tiny_jamba):
+def test_aborted_loads_lose_nothing(tiny_jamba):
     """Requests are aborted while their pages are loaded: those go when the load has ended."""
     first, second = chats()
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
