@@ -64,7 +64,7 @@ def test_a_good_line_is_good(tiny_jamba):
 #: known only once the configuration is built.
 REFUSED = {
     "--kv-transfer-config": ('{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',),
-    "--kv-offloading-size": ("4",),
+    "--kv-offloading-backend": ("lmcache",),
     "--enable-sleep-mode": (),
     "--decode-context-parallel-size": ("2",),
     "--prefill-context-parallel-size": ("2",),

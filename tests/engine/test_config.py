@@ -8,6 +8,7 @@ from typing import get_args
 
 import pytest
 from enginelib import engine
+from vllm.config import KVTransferConfig
 from vllm.config.cache import MambaCacheMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -224,7 +225,7 @@ def test_supported_configuration_is_not_refused(vllm_config):
 #: How each refused option looks when it is set, by the path to it in ``VllmConfig``.
 SET = {
     "--kv-transfer-config": {"kv_transfer_config": argparse.Namespace(kv_connector="Nixl")},
-    "--kv-offloading-size": {"cache_config.kv_offloading_size": 4.0},
+    "--kv-offloading-backend": {"cache_config.kv_offloading_backend": "lmcache"},
     "--enable-sleep-mode": {"model_config.enable_sleep_mode": True},
     "--decode-context-parallel-size": {"parallel_config.decode_context_parallel_size": 2},
     "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
@@ -252,6 +253,45 @@ def test_refused_options(vllm_config, monkeypatch, refusal):
         owner = getattr(owner, part)
     monkeypatch.setitem(owner.__dict__, name, value)
     with pytest.raises(ConfigError, match=rf"{refusal.option} = .*--block-manager default"):
+        refuse(vllm_config)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kv_connector_module_path": "my.module"}, "kv_connector_module_path = my.module"),
+        ({"kv_role": "kv_producer"}, "kv_role = kv_producer"),
+        ({"spec_name": "TieringOffloadingSpec"}, "spec_name = TieringOffloadingSpec"),
+        ({"blocks_per_chunk": 4}, "blocks_per_chunk = 4"),
+        ({"store_threshold": 2}, "store_threshold = 2"),
+    ],
+)
+def test_options_of_a_connector_that_do_not_work(vllm_config, monkeypatch, given, named):
+    """Each is named; without it the connector is taken, and AVMP's class put in its place."""
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    refuse(vllm_config)
+    for name, value in given.items():
+        if hasattr(transfer, name):
+            setattr(transfer, name, value)
+        else:
+            transfer.kv_connector_extra_config[name] = value
+    with pytest.raises(ConfigError, match=rf"--kv-transfer-config with {named}.*Remove it"):
+        refuse(vllm_config)
+
+
+def test_a_connector_needs_the_prefix_cache_and_no_drafts(vllm_config, monkeypatch):
+    """States go to the host by their prefix."""
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    monkeypatch.setattr(vllm_config.cache_config, "enable_prefix_caching", False)
+    with pytest.raises(ConfigError, match="with --no-enable-prefix-caching"):
+        refuse(vllm_config)
+    monkeypatch.undo()
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    drafts = argparse.Namespace(method="ngram")
+    monkeypatch.setitem(vllm_config.__dict__, "speculative_config", drafts)
+    with pytest.raises(ConfigError, match="with --speculative-config ngram"):
         refuse(vllm_config)
 
 

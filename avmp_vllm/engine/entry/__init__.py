@@ -7,6 +7,7 @@ flag      ``--block-manager`` on the command line
 config    the options under ``additional_config["avmp"]``
 selection what happens when a configuration asks for AVMP: classes are named
 options   vLLM options that AVMP refuses
+connectors KV connectors that work, and what of them does not
 minors    what differs between the minor releases of vLLM that AVMP serves
 last_line a refusal is the last line that the user of a command line reads
 ========= ==========================================================================

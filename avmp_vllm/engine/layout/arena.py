@@ -23,7 +23,12 @@ from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.tables import Layout, Role, arena_geometry, place, round_up
 from avmp_vllm.engine.entry.config import ConfigError, selected
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
-from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, refuse_drafts
+from avmp_vllm.engine.layout.limits import (
+    clamp_sequences,
+    fit_model_len,
+    refuse_drafts,
+    refuse_transfers,
+)
 from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
 
 if TYPE_CHECKING:
@@ -75,6 +80,7 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         if any(config.geometry != geometry for config in configs):
             raise ConfigError("ranks have different page sizes, which AVMP cannot serve")
         refuse_drafts(vllm_config, configs[0].layer_specs)
+        refuse_transfers(vllm_config, configs[0].layer_specs)
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, geometry)
         return list(configs)

@@ -17,7 +17,7 @@ from vllm.v1.kv_cache_interface import (
 from avmp_vllm.core import Geometry
 from avmp_vllm.core.tables import Role
 from avmp_vllm.engine.entry.config import ConfigError
-from avmp_vllm.engine.layout.groups import state_spec
+from avmp_vllm.engine.layout.groups import role_of, state_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -56,6 +56,24 @@ def refuse_drafts(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) ->
             raise ConfigError(
                 f"--speculative-config: layer {name} is {stuck[spec.mamba_type]}, and vLLM has no "
                 "kernel that takes its state back when a draft token is rejected; remove the option"
+            )
+
+
+def refuse_transfers(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse a KV connector for caches that it was not tried with.
+
+    Raises:
+        ConfigError: Naming the layer.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return
+    for name, spec in layers.items():
+        if role_of(name, spec) in (Role.WINDOW, Role.RING):
+            raise ConfigError(
+                f"--kv-transfer-config with kv_connector = {transfer.kv_connector}: layer {name} "
+                f"keeps a {type(spec).__name__}, and only layers with a slot for every token were "
+                "tried with a connector; remove the option"
             )
 
 

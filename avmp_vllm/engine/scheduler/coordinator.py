@@ -22,6 +22,7 @@ from vllm.v1.core.kv_cache_coordinator import (
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role
+from avmp_vllm.core.transfers import NotingArena
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
@@ -63,6 +64,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
     Args:
         kv_cache_config: The arena's configuration.
         config: AVMP's options.
+        transfers: Whether a KV connector reads and writes pages beside the model.
         kwargs: Of vLLM's coordinator.
 
     Attributes:
@@ -72,15 +74,22 @@ class DualPoolCoordinator(KVCacheCoordinator):
         checkpoints: What decides which states are kept; None without prefix caching, and where a
             retention interval is given, which decides instead.
         kinds: Of each cache group.
+        local_state: At the end of the local hit that a connector goes on with, if there is one.
     """
 
     block_pool: BlockPool
 
-    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        config: AVMPConfig,
+        transfers: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         assert kv_cache_config.geometry is not None
-        self.arena = Arena(
+        self.arena = (NotingArena if transfers else Arena)(
             kv_cache_config.geometry, migration_batch=config.migration_batch, on_evict=self._evict
         )
         stock = self.block_pool
@@ -110,6 +119,10 @@ class DualPoolCoordinator(KVCacheCoordinator):
             manager for manager in self.single_type_managers if isinstance(manager, StateManager)
         ]
         self.checkpoints: Checkpoints | None = None
+        self.local_state: KVCacheBlock | None = None
+        for manager in self.single_type_managers:
+            if isinstance(manager, StateManager):
+                manager.offers = transfers
         #: Groups with a page for every so many tokens, which a prefix hit needs all of.
         self.slots = self._slot_groups()
         # A drafter that reads the target's hidden states computes the page behind a hit again, so a
@@ -223,6 +236,30 @@ class DualPoolCoordinator(KVCacheCoordinator):
     def _forgo(self, request_id: str) -> int:
         """Give up the states that a step would save for others; how many blocks that spares."""
         return sum(manager.forgo(request_id) for manager in self._state_managers)
+
+    def allocate_new_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        skip_zeroing_group_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Reference a prefix that was found, and allocate what a connector is to load."""
+        if num_external_computed_tokens:
+            self._next = 0, 0  # all of it is allocated here, one manager after the other
+            state, self.local_state = self.local_state, None
+            if self.checkpoints is not None:
+                # First: what the request builds upon must not go for its own blocks.
+                end = num_local_computed_tokens + num_external_computed_tokens
+                self.checkpoints.begin(request_id, state, loaded=end)
+        super().allocate_new_computed_blocks(
+            request_id,
+            new_computed_blocks,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+            skip_zeroing_group_ids,
+        )
 
     def allocate_new_blocks(
         self, request_id: str, *args: Any, **kwargs: Any

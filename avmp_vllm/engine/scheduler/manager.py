@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -33,12 +34,20 @@ class AVMPBlockSpaceManager(KVCacheManager):
     Args:
         kv_cache_config: The arena's configuration.
         config: AVMP's options.
+        transfers: Whether a KV connector reads and writes pages beside the model.
         kwargs: Of ``KVCacheManager``.
     """
 
     block_pool: AVMPBlockPool
 
-    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        config: AVMPConfig,
+        *,
+        transfers: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         self.config = config
@@ -53,6 +62,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
             "hash_block_size": kwargs["hash_block_size"],
             "metrics_collector": self.metrics_collector,
             "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+            "transfers": transfers,
             **minors.hash_lookahead(self.block_pool),
         }
         self.coordinator = (
@@ -96,7 +106,17 @@ class AVMPBlockSpaceManager(KVCacheManager):
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
         return used / (geometry.pages * geometry.page_bytes - null)
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        new_computed_blocks: KVCacheBlocks | None = None,
+        num_lookahead_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        *args: Any,
+        **kwargs: Any,
+    ) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.
 
         vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
@@ -107,10 +127,27 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self.watermark_blocks = growth + self._move_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
-        blocks = super().allocate_slots(request, *args, **kwargs)
+        if num_external_computed_tokens and new_computed_blocks is not None:
+            new_computed_blocks = self._continued_from_outside(
+                request,
+                new_computed_blocks,
+                num_new_computed_tokens + num_external_computed_tokens,
+            )
+        allocate = partial(
+            super().allocate_slots,
+            request,
+            num_new_tokens,
+            num_new_computed_tokens,
+            new_computed_blocks,
+            num_lookahead_tokens,
+            num_external_computed_tokens,
+            *args,
+            **kwargs,
+        )
+        blocks = allocate()
         if blocks is None and self._may_do_without_move(request, growth):
             self.watermark_blocks = growth
-            blocks = super().allocate_slots(request, *args, **kwargs)
+            blocks = allocate()
         return blocks
 
     def _may_do_without_move(self, request: Request, growth: int) -> bool:
@@ -127,6 +164,32 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 manager.moves(self.config.growth_tokens)
                 for manager in self.coordinator.single_type_managers
                 if isinstance(manager, StateManager)
+            )
+        )
+
+    def _continued_from_outside(
+        self, request: Request, hit: KVCacheBlocks, end: int
+    ) -> KVCacheBlocks:
+        """A local hit that a connector goes on with: its pages, and not its state.
+
+        Args:
+            request: Whose hit it is.
+            hit: Its blocks by cache group.
+            end: Tokens of the prefix that is there when the connector's load has ended; the state
+                of those is what it brings.
+        """
+        states = [
+            group[-1]
+            for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
+            if kind is Kind.SSM and group
+        ]
+        self.coordinator.local_state = states[0] if states else None
+        if self.checkpoints is not None:
+            self.checkpoints.intend(request, end, ())
+        return self.create_kv_cache_blocks(
+            tuple(
+                [] if kind is Kind.SSM else list(group)
+                for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
             )
         )
 

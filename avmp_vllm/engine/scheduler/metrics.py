@@ -1,8 +1,8 @@
 """AVMP's counters in Prometheus and in the periodic log line.
 
 The scheduler's statistics cross processes in a message whose fields vLLM fixes. One of them is a
-free mapping for KV connectors, which AVMP refuses, so it is free to carry AVMP's counters; the
-logger takes them out before vLLM's own loggers see the message.
+mapping for what a KV connector counts. AVMP's counters travel in it under a key of their own, which
+the logger takes out before vLLM's own loggers see the message.
 """
 
 from __future__ import annotations
@@ -168,7 +168,10 @@ Values = dict[str, Sequence[float]]
 
 def attach(stats: SchedulerStats, manager: AVMPBlockSpaceManager) -> None:
     """Put the counters into a statistics message."""
-    stats.kv_connector_stats = {CARRIER: {metric.name: metric.read(manager) for metric in METRICS}}
+    stats.kv_connector_stats = {
+        **(stats.kv_connector_stats or {}),
+        CARRIER: {metric.name: metric.read(manager) for metric in METRICS},
+    }
 
 
 class AVMPStatLogger(AggregateStatLoggerBase):
@@ -228,8 +231,9 @@ class AVMPStatLogger(AggregateStatLoggerBase):
         carried = scheduler_stats.kv_connector_stats if scheduler_stats is not None else None
         if scheduler_stats is None or carried is None or CARRIER not in carried:
             return
-        scheduler_stats.kv_connector_stats = None
-        self._export(engine_idx, carried[CARRIER])
+        own = carried.pop(CARRIER)
+        scheduler_stats.kv_connector_stats = carried or None
+        self._export(engine_idx, own)
 
     def log(self) -> None:
         """Log one line for each engine whose counters changed since the last one."""

@@ -70,14 +70,21 @@ class MovePlanMixin(StreamingSessions):
             pcp_world_size=1,
             metrics_collector=self.kv_metrics_collector,
             watermark=self.scheduler_config.watermark,
+            transfers=self.connector is not None,
             **minors.hash_lookahead(self),
         )
         minors.renew_auxiliary_outputs(self)
+        if self.connector is not None:
+            self.connector.bind_kv_cache_manager(self.kv_cache_manager)
+            # A local hit that does not end with a block is cut back to where one ends before the
+            # connector is asked for more. Blocks are pages there: any hit may be gone on with.
+            self.block_size: int = self.hash_block_size
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
         output = super().schedule(*args, **kwargs)
-        if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
+        idle = not (output.num_scheduled_tokens or self.running or self.loading())
+        if idle and self.has_unfinished_requests():
             self.release_paused()  # somebody waits for their blocks; the next step has them
         manager = self.kv_cache_manager
         plan = manager.take_move_plan(output.new_block_ids_to_zero)
@@ -85,6 +92,8 @@ class MovePlanMixin(StreamingSessions):
         output.new_block_ids_to_zero = None
         output.kv_cache_block_copies = None
         setattr(output, PLAN, plan)
+        if self.connector is not None:
+            self.connector.end_step(output, plan)
         if manager.config.verify:
             manager.verify()
         return output
@@ -135,6 +144,15 @@ class MovePlanMixin(StreamingSessions):
             checkpoint_alignment=self.mamba_prefill_checkpoint_alignment,
         )
         return position if saved else 0
+
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """Go on after a load; a request whose load has failed has no room reserved any more.
+
+        vLLM would go on to keep room for what it held, and might never let it load again.
+        """
+        super()._update_waiting_for_remote_kv(request)
+        if not request.num_computed_tokens:
+            self._inflight_prefills.discard(request)
 
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""

@@ -8,10 +8,10 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from avmp_vllm.backing.page_table import PageTable
-from avmp_vllm.backing.torch_buffer import TorchBuffer
+from avmp_vllm.backing.torch_buffer import TorchBuffer, bytes_behind
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec
-from avmp_vllm.engine.worker.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.profiling import initialize_least_cache
 from avmp_vllm.engine.worker.v1.block_tables import PAGE_TABLE, HandleBuffer
 

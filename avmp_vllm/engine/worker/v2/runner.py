@@ -18,13 +18,14 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
+from avmp_vllm.backing.torch_buffer import bytes_behind
 from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.handles import selection as handle_kernels
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import first_spec, kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
-from avmp_vllm.engine.worker.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
 from avmp_vllm.engine.worker.v2.check import BatchCheck
 
