@@ -22,6 +22,7 @@ from enginelib import (
     tokens,
 )
 from vllm import LLM, SamplingParams
+from vllm.config import KVEventsConfig
 from vllm.v1.request import RequestStatus
 
 from avmp_vllm.core import Kind
@@ -118,11 +119,11 @@ def test_preempted_requests_come_back_from_the_host(tiny_jamba):
     """With the pages of their prompts, and of their answers where those are stored."""
     options = late_host.config(HOST, delay=2, offload_prompt_only=False)
     with offloading(tiny_jamba, avmp={"growth_tokens": 0}, kv_transfer_config=options) as llm:
-        answers = talk(llm, max_tokens=110, count=6)
+        answers = talk(llm, max_tokens=130, count=8)
         assert counted(llm).preemptions > 0
         assert from_host(llm) > 400
         assert_no_transfer(llm)
-    assert answers == stock(tiny_jamba, max_tokens=110, count=6)
+    assert answers == stock(tiny_jamba, max_tokens=130, count=8)
 
 
 def test_aborted_loads_lose_nothing(tiny_jamba):
@@ -274,10 +275,18 @@ def test_a_local_hit_is_gone_on_with_from_the_host(tiny_jamba):
 
 def test_avmps_own_host(tiny_jamba):
     """``--kv-offloading-size``: pages and states share the host's rows, and go for each other."""
-    host_bytes = 4 << 20
+    host_bytes = 5 << 19
     with offloading(
-        tiny_jamba, avmp={}, kv_transfer_config=None, kv_offloading_size=host_bytes / (1 << 30)
+        tiny_jamba,
+        avmp={},
+        kv_transfer_config=None,
+        kv_offloading_size=host_bytes / (1 << 30),
+        kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
     ) as llm:
+        events = set()
+        scheduler_of(llm).kv_event_publisher.publish = lambda batch: events.update(
+            (type(event).__name__, event.medium, event.group_idx) for event in batch.events
+        )
         first, second = chats()
         # Backwards the second time: what came to the host last is asked for before it goes.
         answers = [greedy(llm, first, 8), greedy(llm, second[::-1], 8)[::-1]]
@@ -288,6 +297,13 @@ def test_avmps_own_host(tiny_jamba):
         assert_pages_moved(llm)
         assert_no_transfer(llm)
         assert cache.reading_rows == cache.writing_rows == 0
+        # Both pools, here and on the host, tell what comes and goes.
+        assert {
+            (what, where, group)
+            for what in ("BlockStored", "BlockRemoved")
+            for where in ("CPU", "GPU")
+            for group in (0, 1)
+        } <= events
         names = {metric.name for metric in llm.get_metrics()}
         assert {"vllm:kv_offload_load_bytes", "vllm:avmp_pages_used"} <= names
         assert llm.reset_prefix_cache(reset_connector=True)
