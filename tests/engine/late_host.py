@@ -8,11 +8,13 @@ happens to those bytes in between, it does not notice, as a copy on a stream wou
 
 from __future__ import annotations
 
+import random
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from enginelib import tokens
 from vllm.v1.kv_offload.base import (
     CanonicalKVCaches,
     GPULoadStoreSpec,
@@ -131,6 +133,14 @@ class LateSpec(CPUOffloadingSpec):
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         return LateWorker(kv_caches, self.num_chunks, int(self.extra_config.get("delay", 0)))
+
+
+def turns() -> list[list[dict[str, list[int]]]]:
+    """Two rounds of short prompts, each of the second going on from one of the first."""
+    rng = random.Random(3)
+    first = [tokens(rng, count) for count in (70, 30, 66, 100, 40, 72, 90)]
+    second = [prompt + tokens(rng, 9) for prompt in first]
+    return [[{"prompt_token_ids": prompt} for prompt in prompts] for prompts in (first, second)]
 
 
 def config(host_bytes: int, delay: int, **others: Any) -> dict[str, Any]:

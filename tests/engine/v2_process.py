@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import late_host
 import torch
 from avmp_kernels import selective_scan, state_update
 from cuda_mamba import cuda_mamba_layers
@@ -44,10 +45,10 @@ from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.backing.torch_buffer import bytes_behind
 from avmp_vllm.engine.layout.saves import ChunkSaves
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.state_pool import StatePool
-from avmp_vllm.engine.worker.plans import bytes_behind
 
 # Fewer and larger programs: one costs the interpreter as much as it has steps, however wide they
 # are. Programs of a state in the copies of prefix caching; state elements of a program of AVMP's.
@@ -209,6 +210,27 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
             result["migrations"] = sum(did.statistics.migrations.values())
             result["relocations"] = sum(did.statistics.relocations.values())
         return result
+
+
+def offloading(model: str) -> dict[str, Any]:
+    """Serve two rounds of prompts, with a late host behind an arena that does not hold them."""
+    with engine(
+        model,
+        avmp={"growth_tokens": 0},
+        kv_cache_memory_bytes=800_000,
+        max_model_len=160,
+        enable_prefix_caching=True,
+        kv_transfer_config=late_host.config(64 << 20, delay=2),
+    ) as llm:
+        answers = [greedy(llm, prompts, 4, temperature=0) for prompts in late_host.turns()]
+        assert_nothing_held(llm)
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        return {
+            "answers": answers,
+            "runner": type(runner_of(llm)).__name__,
+            "host": counts["vllm:external_prefix_cache_hits"],
+            "relocations": sum(counted(llm).statistics.relocations.values()),
+        }
 
 
 def branching(
@@ -603,6 +625,7 @@ def scenarios(
         "handles_granite": lambda: by_handle("handles_granite", short_granite),
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
+        "offloading": lambda: offloading(jamba),
         "drafts_stock": lambda: drafting(short_granite, None),
         "drafts": lambda: drafting(
             short_granite, {"checkpoint_tokens": 128, "growth_tokens": 0, "migration_batch": 8}
