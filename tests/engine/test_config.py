@@ -225,7 +225,6 @@ def test_supported_configuration_is_not_refused(vllm_config):
 SET = {
     "--kv-transfer-config": {"kv_transfer_config": argparse.Namespace(kv_connector="Nixl")},
     "--kv-offloading-size": {"cache_config.kv_offloading_size": 4.0},
-    "--enable-sleep-mode": {"model_config.enable_sleep_mode": True},
     "--decode-context-parallel-size": {"parallel_config.decode_context_parallel_size": 2},
     "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
     "--pipeline-parallel-size": {"parallel_config.pipeline_parallel_size": 2},

@@ -53,12 +53,6 @@ REFUSALS = (
         "offloading works through a KV connector, which addresses pages by physical number",
     ),
     Refusal(
-        "--enable-sleep-mode",
-        lambda c: c.model_config.enable_sleep_mode,
-        _true,
-        "sleeping discards the arena behind the page table's back",
-    ),
-    Refusal(
         "--decode-context-parallel-size",
         lambda c: c.parallel_config.decode_context_parallel_size,
         _parallel,

@@ -73,9 +73,14 @@ class MovePlanMixin(StreamingSessions):
             **minors.hash_lookahead(self),
         )
         minors.renew_auxiliary_outputs(self)
+        if self.kv_cache_manager.memory is not None:
+            self.kv_cache_manager.memory.connect(kv_cache_config.executor)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
+        memory = self.kv_cache_manager.memory
+        if memory is not None:
+            memory.begin_step(idle=not self.has_unfinished_requests())
         output = super().schedule(*args, **kwargs)
         if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
             self.release_paused()  # somebody waits for their blocks; the next step has them
@@ -85,6 +90,8 @@ class MovePlanMixin(StreamingSessions):
         output.new_block_ids_to_zero = None
         output.kv_cache_block_copies = None
         setattr(output, PLAN, plan)
+        if memory is not None:
+            memory.note_plan(plan)
         if manager.config.verify:
             manager.verify()
         return output
@@ -138,6 +145,14 @@ class MovePlanMixin(StreamingSessions):
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""
         self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
         super()._preempt_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset the prefix cache; an elastic arena gives its memory back."""
+        done = super().reset_prefix_cache(*args, **kwargs)
+        memory = self.kv_cache_manager.memory
+        if done and memory is not None:
+            memory.rest()
+        return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add AVMP's counters to vLLM's statistics."""
