@@ -7,16 +7,19 @@ import sys
 from typing import get_args
 
 import pytest
+import torch
 from enginelib import engine
 from vllm.config.cache import MambaCacheMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.argparse_utils import FlexibleArgumentParser, human_readable_int
 
 from avmp_vllm.core.keeper import ANSWER_TOKENS, CUT_TOKENS
 from avmp_vllm.engine.entry import last_line
 from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError, selected
 from avmp_vllm.engine.entry.options import REFUSALS, refuse
 from avmp_vllm.engine.entry.selection import ASYNC_SCHEDULER, SCHEDULER, take_charge
+from avmp_vllm.engine.layout.elastic import elastic_sizes
+from avmp_vllm.engine.worker.elastic import driver_of
 
 
 def _parse(*words: str) -> EngineArgs:
@@ -144,6 +147,26 @@ def test_verify_by_environment(monkeypatch):
             "option 'kernels' = 'fast': .*'auto', 'resolved' or 'handles'",
         ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "contiguous"}},
+            "option 'memory' = 'contiguous': .*'fixed' or 'elastic'$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"slack_bytes": 0}},
+            "option 'slack_bytes' = 0 needs memory: elastic",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "elastic", "budget": "2X"}},
+            "option 'budget' = '2X': write bytes, 512MiB, 2GiB, 2GB, or 2G as for --kv",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "elastic", "budget": 1.5}},
+            "option 'budget' = 1.5: write bytes",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "elastic", "chunk_bytes": 0}},
+            "option 'chunk_bytes' = 0: .*greater than or equal to 1",
+        ),
         ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),
         ({"block_manager": "avmp", "avmp": {5: 1}}, "unknown option '5': .*Known: page_tokens"),
         ({"block_manager": "avmp", "avmp": {None: 1}}, "unknown option 'None': .*Known"),
@@ -203,6 +226,76 @@ def test_file_without_options(tmp_path, content):
     path = tmp_path / "given.yaml"
     path.write_bytes(content)
     assert AVMPConfig.read(str(path)) == AVMPConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (7, 7),
+        ("7", 7),
+        ("2k", 2000),
+        ("2K", 2048),
+        ("25.6k", 25_600),
+        ("3G", 3 << 30),
+        ("3g", 3 * 10**9),
+        ("3GiB", 3 << 30),
+        ("1.5gib", 3 << 29),
+        ("3 GB", 3 * 10**9),
+        ("1T", 1 << 40),
+    ],
+)
+def test_bytes_are_written_as_for_vllms_options(text, size):
+    """And as ``avmp plan`` takes them; a capital letter counts in 1,024s where it stands alone."""
+    config = AVMPConfig.read({"memory": "elastic", "budget": text})
+    assert config.budget == size
+    if isinstance(text, str) and not text.endswith(("B", "b")):
+        assert human_readable_int(text) == size
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("avmp", "expected"),
+    [
+        ({}, (1000 * MIB, 1000 * MIB, 2 * MIB, 1000 * MIB // 16)),
+        ({"budget": 301 * MIB}, (1000 * MIB, 300 * MIB, 2 * MIB, 301 * MIB // 16 - MIB // 16)),
+        ({"virtual_bytes": "8GiB"}, (8192 * MIB, 1000 * MIB, 2 * MIB, 1000 * MIB // 16)),
+        ({"chunk_bytes": "64MiB"}, (960 * MIB, 960 * MIB, 64 * MIB, 256 * MIB)),
+        ({"slack_bytes": 0}, (1000 * MIB, 1000 * MIB, 2 * MIB, 8 * MIB)),
+    ],
+)
+def test_sizes_of_an_elastic_arena(avmp, expected):
+    """Of a cache of 1,001 MiB: addresses, budget, chunk and slack."""
+    sizes = elastic_sizes(AVMPConfig.read({"memory": "elastic", **avmp}), 1001 * MIB)
+    assert (sizes.virtual_bytes, sizes.budget, sizes.chunk_bytes, sizes.slack_bytes) == expected
+
+
+def test_a_fixed_arena_has_no_such_sizes():
+    """It is the default."""
+    assert elastic_sizes(AVMPConfig(), 1001 * MIB) is None
+
+
+@pytest.mark.parametrize(
+    ("avmp", "message"),
+    [
+        ({"budget": "2GiB"}, "option 'budget' = 2147483648: vLLM leaves 104857600 bytes"),
+        ({"budget": "50MiB", "virtual_bytes": "40MiB"}, "'virtual_bytes' = 41943040: the budget"),
+        ({"chunk_bytes": "1GiB"}, "'chunk_bytes' = 1073741824: the budget of 104857600 bytes is"),
+        ({"budget": "1MiB"}, "'chunk_bytes' = 2097152: the budget of 1048576 bytes is less"),
+    ],
+)
+def test_sizes_of_an_elastic_arena_that_cannot_be(avmp, message):
+    """Of a cache of 100 MiB."""
+    with pytest.raises(ConfigError, match=message):
+        elastic_sizes(AVMPConfig.read({"memory": "elastic", **avmp}), 100 * MIB)
+
+
+def test_chunks_that_a_driver_does_not_take():
+    """Named with the next that it takes; those below a huge page go without them."""
+    with pytest.raises(ConfigError, match="multiples of 4096 bytes; choose 8192"):
+        driver_of(torch.device("cpu"), 5000)
+    driver_of(torch.device("cpu"), 8192).close()
 
 
 # -- vLLM's options --------------------------------------------------------------------------------
@@ -324,6 +417,11 @@ def test_model_without_attention_layers(tiny_mamba):
         ({"page_tokens": 48}, {}, "page_tokens = 48: CPU_ATTN takes pages of a multiple of 32"),
         ({"checkpoint_tokens": 100}, {}, "checkpoint_tokens = 100: .*page's 32.*128 is the next"),
         ({"checkpoint_tokens": 32}, {}, "checkpoint_tokens = 32: .*more than one page"),
+        (
+            {"memory": "elastic", "chunk_bytes": 65536, "budget": 700_000},
+            {},
+            r"max_model_len=512 .* has 67108864, of which \d+ get no memory: .*'budget'",
+        ),
         ({}, {"kv_cache_memory_bytes": 600_000}, "max_model_len=512 .*--kv-cache-memory-bytes"),
         ({}, {"kv_cache_memory_bytes": 100_000}, "of 100000 bytes .*--gpu-memory-utilization"),
     ],

@@ -76,7 +76,7 @@ def left_by(*refusals: type[ValueError]) -> Iterator[None]:
 def initialize_kv_caches(stock: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap ``EngineCore._initialize_kv_caches``: leave the message of what is refused there.
 
-    What it returns makes the scheduler, which learns in the same way how to reach the workers.
+    The scheduler is made of what it returns; that of an elastic arena reaches the workers by it.
     """
     from avmp_vllm.core import ArenaTooSmall  # Only where AVMP is in charge.
 
@@ -90,7 +90,7 @@ def initialize_kv_caches(stock: Callable[..., Any]) -> Callable[..., Any]:
             # Else the workers' shared memory stays, and a warning about it comes after the message.
             self.model_executor.shutdown()
             raise
-        if hasattr(config, "executor"):
+        if getattr(config, "elastic", None) is not None:
             config.executor = self.model_executor
         return config
 

@@ -42,7 +42,7 @@ class AVMPCacheConfig(KVCacheConfig):
     ``num_blocks`` counts the KV view's pages. Being a class of this module, it survives the deep
     copies and the pickling that vLLM does. vLLM's scheduler sees one layer's spec of each group;
     ``layer_specs`` are those of all layers. ``elastic`` is None if the whole arena has memory.
-    ``executor`` reaches the workers; the scheduler's copy alone has it.
+    ``executor`` reaches the workers; the scheduler's copy for an elastic arena alone has it.
     """
 
     geometry: Geometry | None = None

@@ -72,6 +72,7 @@ class ArenaMemory:
         self._refused = False  # in this step the system had no more
         self._moved = 0  # steps since the workers' memory may have moved
         self._level = 0  # bytes that the arena counts with
+        self._usable = arena.geometry.usable_bytes()
         self._set_level(elastic.budget)
 
     def connect(self, executor: Workers) -> None:
@@ -86,12 +87,11 @@ class ArenaMemory:
 
     def _packed_gap(self, pages: int = 0, blocks: int = 0) -> int:
         """Bytes of the gap beside what is held and so many more pages, with no free page left."""
-        arena = self.arena
-        return arena.geometry.usable_bytes(
-            sum(
-                (arena.used(kind) + arena.cached(kind) + more) * arena.geometry.unit(kind)
-                for kind, more in zip(Kind, (pages, blocks), strict=True)
-            )
+        held, geometry = self.arena.held, self.arena.geometry
+        return (
+            self._usable
+            - (held(Kind.KV) + pages) * geometry.page_bytes
+            - (held(Kind.SSM) + blocks) * geometry.block_bytes
         )
 
     def _needed(self, pages: int = 0, blocks: int = 0) -> int:
@@ -145,15 +145,19 @@ class ArenaMemory:
         """
         if not (pages or blocks):
             return
-        used = [self.arena.used(kind) for kind in Kind]
+        arena = self.arena
+        used = arena.used(Kind.KV), arena.used(Kind.SSM)
         if any(used):  # nobody is made to leave room for others alone
             pages += self.headroom
-        needed = self._needed(pages - revived[0], blocks - revived[1])
+        more = pages - revived[0], blocks - revived[1]
+        if self._level == self.exists and self._packed_gap(*more) >= arena.reserve_bytes:
+            return
+        needed = self._needed(*more)
         if needed > self.exists and not self._refused:
             # Only if the request then fits, at the prefix cache's cost if need be: one that waits
             # for others to end asks at every step, and memory would come and go each time.
-            reserve = self.elastic.reserve(self.arena.geometry, self.budget)
-            if self.arena.geometry.fits(used[0] + pages, used[1] + blocks, reserve):
+            reserve = self.elastic.reserve(arena.geometry, self.budget)
+            if arena.geometry.fits(used[0] + pages, used[1] + blocks, reserve):
                 self._create(min(needed + self._whole(self.elastic.slack_bytes / 4), self.budget))
         if self._level != self.exists:
             self._set_level(self.exists)
@@ -194,7 +198,7 @@ class ArenaMemory:
     def _set_level(self, level: int) -> None:
         """Let the arena count with so many bytes, as far as the null bytes leave it."""
         geometry = self.arena.geometry
-        reserve = min(self.elastic.reserve(geometry, level), geometry.usable_bytes())
+        reserve = min(self.elastic.reserve(geometry, level), self._usable)
         self.arena.set_reserve(reserve)
         self._level = level
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 
 
-def _driver(device: torch.device, chunk_bytes: int) -> VirtualMemory:
+def driver_of(device: torch.device, chunk_bytes: int) -> VirtualMemory:
     """The driver of a device.
 
     Raises:
@@ -77,7 +77,7 @@ class ArenaMemory:
         with last_line.left_by(ConfigError, ArenaTooSmall):
             self._geometry = geometry
             self._chunk = elastic.chunk_bytes
-            self._memory = _driver(device, elastic.chunk_bytes)
+            self._memory = driver_of(device, elastic.chunk_bytes)
             self._on_cuda = device.type == "cuda"
             self._buffer = ElasticBuffer(
                 self._memory, geometry.arena_bytes, elastic.chunk_bytes, geometry.high_end
