@@ -193,7 +193,14 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_minimal_kv_cache_for_profiling": (
         "self",
     ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.shutdown": ("self",),
     "vllm.v1.worker.gpu_worker:Worker._make_model_runner": ("self",),
+    "vllm.v1.worker.gpu_worker:Worker.sleep": ("self", "level"),
+    "vllm.v1.worker.gpu_worker:Worker.discard": ("self", "tags"),
+    "vllm.v1.worker.gpu_worker:Worker.wake_up": ("self", "tags"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.sleep": ("self", "level"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.discard": ("self", "tags"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.wake_up": ("self", "tags"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache": (
         "self",
         "kv_cache_config",

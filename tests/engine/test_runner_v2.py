@@ -182,6 +182,18 @@ def test_kernels_by_handle(done, expected, name):
     assert did["rounds"] == [expected[name]] * 2
 
 
+@pytest.mark.parametrize("name", ["elastic", "elastic_resolved"])
+def test_elastic_arena(done, expected, name):
+    """Its gap has no memory and faults, for AVMP's kernels and for vLLM's."""
+    did = done[name]
+    assert did["runner"] == "AVMPCPUModelRunnerV2"
+    assert ("HandleAttentionBackend" in did["backends"]) is (name == "elastic")
+    assert did["relocations"] > 0
+    assert did["memory"]["calls"]["unmap"] > 0
+    assert did["memory"]["backed"] <= did["memory"]["held"] + 2 * did["memory"]["chunk_bytes"]
+    assert did["rounds"] == [expected["handles"]] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [

@@ -64,9 +64,13 @@ WORKLOADS = {
     "granite": (880_000, 512, True, (1, 8, 12)),
     "handles": (330_000, 320, True, (1, 5, 12)),
     "handles_granite": (170_000, 320, True, (1, 5, 12)),
+    "elastic": (8_000_000, 320, True, (1, 5, 12)),
     "cuda_mamba1": (350_000, 320, True, (1, 5, 12)),
     "cuda_mamba2": (200_000, 320, True, (1, 5, 12)),
 }
+
+#: Of a range of 8 MB, as much as the tight arena of the same workload has.
+ELASTIC = {"memory": "elastic", "budget": 400_000, "chunk_bytes": 16_384, "slack_bytes": 65_536}
 
 
 @contextmanager
@@ -126,6 +130,7 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
             "relocations": sum(did.statistics.relocations.values()),
             "preemptions": did.preemptions,
             "saved": saved_by(llm),
+            "memory": llm.collective_rpc("avmp_memory")[0],
         }
 
 
@@ -623,6 +628,10 @@ def scenarios(
         "granite": lambda: serve("granite", granite),
         "handles": lambda: by_handle("handles", short),
         "handles_granite": lambda: by_handle("handles_granite", short_granite),
+        "elastic": lambda: serve(
+            "elastic", short, async_scheduling=True, avmp={**ELASTIC, "kernels": "handles"}
+        ),
+        "elastic_resolved": lambda: serve("elastic", short, avmp=ELASTIC),
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
         "offloading": lambda: offloading(jamba),

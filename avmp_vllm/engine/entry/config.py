@@ -6,10 +6,12 @@ import difflib
 import os
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from avmp_vllm.engine.entry.sizes import read_bytes
 
 #: Values of ``--block-manager``.
 BLOCK_MANAGERS = ("default", "avmp")
@@ -17,11 +19,21 @@ BLOCK_MANAGERS = ("default", "avmp")
 #: Set in the environment of child processes, so that their plugin installs the seams as well.
 SELECTED = "AVMP_BLOCK_MANAGER"
 
+#: The method of ``LLM.collective_rpc`` that the engine core answers.
+MEMORY_METHOD = "avmp_memory"
+
 #: Options that are gone, and what to do instead.
 REPLACED = {
     "tail_tokens": "set cut_tokens, the tokens that a state must be expected to spare later "
     "prompts for its own prompt to be cut"
 }
+
+
+#: Options that only an elastic arena has.
+ELASTIC = ("budget", "virtual_bytes", "chunk_bytes", "slack_bytes")
+
+#: Bytes, as a number or as a user writes them.
+Bytes = Annotated[int, BeforeValidator(read_bytes)]
 
 
 class ConfigError(ValueError):
@@ -51,6 +63,17 @@ class AVMPConfig(BaseModel):
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
+        memory: Whether the whole arena has memory all the time (``fixed``), or just what requests
+            and the prefix cache hold (``elastic``).
+        budget: Bytes of an elastic arena that may have memory at most; can be changed while it
+            runs. Default: what vLLM leaves for the cache.
+        virtual_bytes: Addresses of an elastic arena, to which the budget can be raised. Default:
+            what vLLM leaves for the cache.
+        chunk_bytes: Bytes that get memory at a time. Default: the 256th part of the budget, from
+            2 MiB to 32 MiB.
+        slack_bytes: An elastic arena gives memory back when it has more than this beyond what is
+            held, and keeps half of it for growth. Default: the 16th part of the budget, at least
+            four chunks.
         verify: Check every invariant at every step (slow). ``AVMP_VERIFY=1`` does the same.
     """
 
@@ -63,6 +86,11 @@ class AVMPConfig(BaseModel):
     cut_tokens: int = Field(default=400, ge=0)
     answer_tokens: int = Field(default=64, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
+    memory: Literal["fixed", "elastic"] = "fixed"
+    budget: Bytes | None = Field(default=None, ge=1)
+    virtual_bytes: Bytes | None = Field(default=None, ge=1)
+    chunk_bytes: Bytes | None = Field(default=None, ge=1)
+    slack_bytes: Bytes | None = Field(default=None, ge=0)
     verify: bool = False
 
     @classmethod
@@ -83,6 +111,13 @@ class AVMPConfig(BaseModel):
             config = cls.model_validate(value)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
+        for option in ELASTIC:
+            given = getattr(config, option)
+            if given is not None and config.memory == "fixed":
+                raise ConfigError(
+                    f'additional_config["avmp"]: option {option!r} = {given} needs '
+                    "memory: elastic; set that, or leave it out"
+                )
         if os.environ.get("AVMP_VERIFY", "") not in ("", "0"):
             config = config.model_copy(update={"verify": True})
         return config
@@ -125,7 +160,8 @@ def _explain(error: ValidationError) -> str:
             )
         else:
             given = reprlib.repr(problem["input"])
-            lines.append(f"option {key!r} = {given}: {problem['msg']}")
+            why = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"option {key!r} = {given}: {why}")
     return 'additional_config["avmp"]: ' + "; ".join(lines)
 
 

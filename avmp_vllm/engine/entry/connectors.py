@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from avmp_vllm.engine.entry.config import ConfigError
+from avmp_vllm.engine.entry.config import ConfigError, selected
 
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
@@ -56,6 +56,9 @@ def refuse(vllm_config: VllmConfig) -> None:
         raise _refusal(
             "--no-enable-prefix-caching", "states go to the host by the prefix that they stand for"
         )
+    config = selected(vllm_config.additional_config)
+    if config is not None and config.memory == "elastic":
+        raise _refusal("memory: elastic", "a transfer may still read what loses its memory")
     if vllm_config.speculative_config is not None:
         raise _refusal(
             f"--speculative-config {vllm_config.speculative_config.method}",

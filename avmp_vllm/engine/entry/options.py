@@ -55,12 +55,6 @@ REFUSALS = (
         "it is a KV connector, and AVMP serves vLLM's own alone: native",
     ),
     Refusal(
-        "--enable-sleep-mode",
-        lambda c: c.model_config.enable_sleep_mode,
-        _true,
-        "sleeping discards the arena behind the page table's back",
-    ),
-    Refusal(
         "--decode-context-parallel-size",
         lambda c: c.parallel_config.decode_context_parallel_size,
         _parallel,

@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+
 from avmp_vllm.engine.entry import connectors, last_line, options, seams
 from avmp_vllm.engine.entry.config import SELECTED, ConfigError, selected
 from avmp_vllm.engine.entry.minors import vllm_version
@@ -52,6 +54,8 @@ def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
         # Child processes install the engine seams when they load their plugins.
         os.environ[SELECTED] = "avmp"
         seams.install(seams.ENGINE)
+        if envs.VLLM_SERVER_DEV_MODE:
+            seams.install(seams.API)
         if config.kernels == "handles":
             from avmp_vllm.engine.handles import selection as handle_kernels
 

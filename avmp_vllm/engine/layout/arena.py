@@ -22,6 +22,7 @@ from avmp_vllm.core import ArenaTooSmall, Geometry, Kind
 from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.tables import Layout, Role, arena_geometry, place, round_up
 from avmp_vllm.engine.entry.config import ConfigError, selected
+from avmp_vllm.engine.layout.elastic import Elastic, elastic_sizes
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
 from avmp_vllm.engine.layout.limits import (
     clamp_sequences,
@@ -45,11 +46,20 @@ class AVMPCacheConfig(KVCacheConfig):
 
     ``num_blocks`` counts the KV view's pages. Being a class of this module, it survives the deep
     copies and the pickling that vLLM does. vLLM's scheduler sees one layer's spec of each group;
-    ``layer_specs`` are those of all layers.
+    ``layer_specs`` are those of all layers. ``elastic`` is None if the whole arena has memory.
+    ``executor`` reaches the workers; the scheduler's copy for an elastic arena alone has it.
     """
 
     geometry: Geometry | None = None
     layer_specs: dict[str, KVCacheSpec] = field(default_factory=dict)
+    elastic: Elastic | None = None
+    executor: Any = None
+
+    @property
+    def reserve(self) -> int:
+        """Least bytes of the gap when the engine starts."""
+        assert self.geometry is not None
+        return 0 if self.elastic is None else self.elastic.reserve(self.geometry)
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Length of the view that a tensor describes."""
@@ -73,7 +83,7 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         if selected(vllm_config.additional_config) is None:
             return stock(vllm_config, kv_cache_specs, available_memory, *groups)
         configs = [
-            arena_config(vllm_config, specs, min(available_memory)) for specs in kv_cache_specs
+            config_for(vllm_config, specs, min(available_memory)) for specs in kv_cache_specs
         ]
         geometry = configs[0].geometry
         assert geometry is not None
@@ -103,6 +113,28 @@ def get_global_kv_cache_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
         return list(arena_config(vllm_config, merged, ANY_ARENA).kv_cache_groups)
 
     return wrapper
+
+
+def config_for(
+    vllm_config: VllmConfig, specs: dict[str, KVCacheSpec], available: int
+) -> AVMPCacheConfig:
+    """Lay one rank's layers out over the arena that the options ask for.
+
+    Args:
+        vllm_config: With AVMP's options.
+        specs: Layer name to its exact cache spec.
+        available: Bytes that vLLM leaves for the cache, on the rank that has the fewest.
+
+    Raises:
+        ConfigError: A kind of layer that has no pool, or sizes that do not fit one another.
+        ArenaTooSmall: Not even one page of each kind.
+    """
+    options = selected(vllm_config.additional_config)
+    elastic = None if options is None else elastic_sizes(options, available)
+    size = available if elastic is None else elastic.virtual_bytes
+    config = arena_config(vllm_config, specs, size)
+    config.elastic = elastic
+    return config
 
 
 def arena_config(

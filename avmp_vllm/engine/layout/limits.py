@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -15,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from avmp_vllm.core import Geometry
+from avmp_vllm.core.extents import budget_for
 from avmp_vllm.core.tables import Role
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.groups import role_of, state_spec
@@ -105,12 +107,20 @@ def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> 
     model, geometry = vllm_config.model_config, kv_cache_config.geometry
     assert geometry is not None
     blocks = blocks_per_request(state_spec(kv_cache_config), vllm_config.max_concurrent_batches)
+    reserve = kv_cache_config.reserve
     if model.original_max_model_len == -1:
-        longest = geometry.longest(blocks)
+        longest = geometry.longest(blocks, reserve)
         if 0 < longest < model.max_model_len:
             logger.info("AVMP: max_model_len reduced to %d, which the arena holds", longest)
             model.max_model_len = longest
-    geometry.require_one_request(model.max_model_len, blocks)
+    geometry.require_one_request(model.max_model_len, blocks, reserve)
+    elastic = kv_cache_config.elastic
+    if elastic is not None:
+        used = geometry.pages_for(model.max_model_len) * geometry.page_bytes
+        used += blocks * geometry.block_bytes
+        gap = geometry.usable_bytes(used)
+        least = budget_for(geometry.high_end, gap, elastic.chunk_bytes)
+        kv_cache_config.elastic = replace(elastic, least_budget=least)
 
 
 def clamp_sequences(vllm_config: VllmConfig, geometry: Geometry) -> None:

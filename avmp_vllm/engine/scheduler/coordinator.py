@@ -29,6 +29,7 @@ from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec, role_of, state_spec
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.checkpoints import Checkpoints
+from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.state_manager import ROLE, StateManager
 from avmp_vllm.engine.scheduler.state_pool import StatePool
 
@@ -89,9 +90,15 @@ class DualPoolCoordinator(KVCacheCoordinator):
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         assert kv_cache_config.geometry is not None
+        elastic = kv_cache_config.elastic
         self.arena = (NotingArena if transfers else Arena)(
-            kv_cache_config.geometry, migration_batch=config.migration_batch, on_evict=self._evict
+            kv_cache_config.geometry,
+            migration_batch=config.migration_batch,
+            on_evict=self._evict,
+            chunk_bytes=None if elastic is None else elastic.chunk_bytes,
         )
+        #: Set by the manager if the arena is elastic.
+        self.memory: ArenaMemory | None = None
         stock = self.block_pool
         self.pools = {
             kind: POOLS[kind](
@@ -210,6 +217,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
             )
         pages, blocks = need[Kind.KV], need[Kind.SSM]
         arena = self.arena
+        if self.memory is not None:
+            cached = self._cached(new_computed_blocks)
+            self.memory.make_room(pages, blocks, (cached[Kind.KV], cached[Kind.SSM]))
         if not apply_admission_cap and not arena.fits(pages, blocks):
             blocks = need[Kind.SSM] = blocks - self._forgo(request_id)
         if not arena.fits(pages, blocks):
@@ -218,20 +228,25 @@ class DualPoolCoordinator(KVCacheCoordinator):
                 arena.note_failure(pages, blocks)
             return NOT_NOW
         if not apply_admission_cap:
-            # They must fit now, but can go again as soon as the step has been scheduled, so that
+            # What is cached is referenced before anything is allocated, and needs no free page.
+            cached = self._cached(new_computed_blocks)
+            self._next = pages - cached[Kind.KV], blocks - cached[Kind.SSM]
+            # These must fit now, but can go again as soon as the step has been scheduled, so that
             # they keep nobody out for whom vLLM wants a reserve kept.
             for state_manager in self._state_managers:
                 blocks -= state_manager.passing(request_id)
         geometry = arena.geometry
         in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
-        if not apply_admission_cap:
-            # What is cached is referenced before anything is allocated, and needs no free page.
-            for manager, kind, computed in zip(
-                self.single_type_managers, self.kinds, new_computed_blocks, strict=True
-            ):
-                need[kind] -= manager._get_num_evictable_blocks(computed)
-            self._next = need[Kind.KV], need[Kind.SSM]
         return min(in_pages, arena.available(Kind.KV))
+
+    def _cached(self, computed: tuple[Sequence[KVCacheBlock], ...]) -> dict[Kind, int]:
+        """How many of a hit's pages nobody references, by kind."""
+        cached = dict.fromkeys(Kind, 0)
+        for manager, kind, blocks in zip(
+            self.single_type_managers, self.kinds, computed, strict=True
+        ):
+            cached[kind] += manager._get_num_evictable_blocks(blocks)
+        return cached
 
     def _forgo(self, request_id: str) -> int:
         """Give up the states that a step would save for others; how many blocks that spares."""

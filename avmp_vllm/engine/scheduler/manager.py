@@ -18,6 +18,7 @@ from avmp_vllm.engine.scheduler.coordinator import (
     AVMPCoordinatorNoPrefixCache,
     without_blocks,
 )
+from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.state_manager import StateManager
 
 if TYPE_CHECKING:
@@ -71,6 +72,12 @@ class AVMPBlockSpaceManager(KVCacheManager):
             else AVMPCoordinatorNoPrefixCache(kv_cache_config, config, **common)
         )
         self.arena = self.coordinator.arena
+        self.memory = None
+        if kv_cache_config.elastic is not None:
+            self.memory = ArenaMemory(
+                self.arena, kv_cache_config.elastic, lambda: self.take_move_plan(None)
+            )
+            self.coordinator.memory = self.memory
         self.block_pool = self.coordinator.block_pool
         self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
         # A running state moves to a new block at each checkpoint, and frees the old one after.
@@ -101,10 +108,10 @@ class AVMPBlockSpaceManager(KVCacheManager):
     @property
     def usage(self) -> float:
         """Share of the arena's usable bytes that are referenced, 0 to 1."""
-        geometry = self.geometry
-        null = geometry.null_blocks * geometry.block_bytes
+        geometry, memory = self.geometry, self.memory
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
-        return used / (geometry.pages * geometry.page_bytes - null)
+        reserve = 0 if memory is None else memory.elastic.reserve(geometry, memory.budget)
+        return used / geometry.usable_bytes(reserve)
 
     def allocate_slots(
         self,
@@ -127,6 +134,10 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self.watermark_blocks = growth + self._move_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
+        if self.memory is not None:
+            # One more: vLLM counts in whole pages what a state takes of the others' bytes.
+            waits = request.status != RequestStatus.RUNNING
+            self.memory.headroom = self.watermark_blocks + 1 if waits else 0
         if num_external_computed_tokens and new_computed_blocks is not None:
             new_computed_blocks = self._continued_from_outside(
                 request,
@@ -240,11 +251,15 @@ class AVMPBlockSpaceManager(KVCacheManager):
         zeros = [arena.physical(handle) for handle in to_zero or () if arena.inside(handle)]
         copies, self._copies = self._copies, []
         saves, self._saves = self._saves, []
-        if not (relocations or zeros or copies or saves or self.config.verify):
+        extents = arena.take_extents()
+        if not (relocations or zeros or copies or saves or extents or self.config.verify):
             return None
         self._plans += 1
         digest = arena.digest() if self.config.verify else None
-        return MovePlan(self._plans, relocations, zeros, copies, digest, saves)
+        stages, after = extents or ((), None)
+        return MovePlan(
+            self._plans, relocations, zeros, copies, digest, saves, stages=stages, after=after
+        )
 
     def take_events(self) -> list[KVCacheEvent]:
         """Take the cache events of both pools."""
@@ -301,6 +316,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 if cached != (block.block_hash is not None):
                     found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
         found += self.coordinator.states.misplaced()
+        if self.memory is not None:
+            found += self.memory.problems()
         if self.checkpoints is not None:
             found += self.checkpoints.problems()
         for manager in self.coordinator.single_type_managers:

@@ -79,9 +79,14 @@ class MovePlanMixin(StreamingSessions):
             # A local hit that does not end with a block is cut back to where one ends before the
             # connector is asked for more. Blocks are pages there: any hit may be gone on with.
             self.block_size: int = self.hash_block_size
+        if self.kv_cache_manager.memory is not None:
+            self.kv_cache_manager.memory.connect(kv_cache_config.executor)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
+        memory = self.kv_cache_manager.memory
+        if memory is not None:
+            memory.begin_step(idle=not self.has_unfinished_requests())
         output = super().schedule(*args, **kwargs)
         idle = not (output.num_scheduled_tokens or self.running or self.loading())
         if idle and self.has_unfinished_requests():
@@ -94,6 +99,8 @@ class MovePlanMixin(StreamingSessions):
         setattr(output, PLAN, plan)
         if self.connector is not None:
             self.connector.end_step(output, plan)
+        if memory is not None:
+            memory.note_plan(plan)
         if manager.config.verify:
             manager.verify()
         return output
@@ -158,6 +165,14 @@ class MovePlanMixin(StreamingSessions):
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""
         self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
         super()._preempt_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset the prefix cache; an elastic arena gives its memory back."""
+        done = super().reset_prefix_cache(*args, **kwargs)
+        memory = self.kv_cache_manager.memory
+        if done and memory is not None:
+            memory.rest()
+        return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add AVMP's counters to vLLM's statistics."""

@@ -25,6 +25,7 @@ from avmp_vllm.engine.handles import selection as handle_kernels
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import first_spec, kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
+from avmp_vllm.engine.worker.elastic import ArenaMemory, allocated_from, memory_for
 from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
 from avmp_vllm.engine.worker.v2.check import BatchCheck
@@ -42,6 +43,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
     _block_tables: ArenaBlockTables
     _page_table: DevicePageTable
     _plans: PlanApplier | None = None
+    arena_memory: ArenaMemory | None = None
     _check: BatchCheck | None = None
     _planned = False
 
@@ -90,7 +92,9 @@ class AVMPModelRunnerV2(GPUModelRunner):
         """Make the cache, and what applies move plans to it."""
         if self._by_handle:
             handle_kernels.check_groups(kv_cache_config)
-        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        memory = memory_for(kv_cache_config, self.device, is_profiling)
+        with allocated_from(memory):
+            super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         geometry = kv_cache_config.geometry
         assert geometry is not None
         if self._by_handle:
@@ -105,7 +109,9 @@ class AVMPModelRunnerV2(GPUModelRunner):
             buffer = KernelBuffer(bytes_behind(self.kv_caches[0]), geometry)
             self._page_table.warm_up()
             buffer.warm_up()
-            self._plans = PlanApplier(self._page_table, buffer)
+            self.arena_memory = memory
+            make = PlanApplier if memory is None else memory.applier
+            self._plans = make(self._page_table, buffer)
             self._plans.saves.bind(self.compilation_config.static_forward_context)
             if self._verify:
                 self._check = BatchCheck(self._block_tables, self._page_table.resident, geometry)
@@ -153,6 +159,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
         """Let go of the arena's bytes with everything else."""
         self._plans = self._check = None
         super().shutdown()
+        if self.arena_memory is not None:
+            self.arena_memory.close()
 
 
 class AVMPCPUModelRunnerV2(AVMPModelRunnerV2, CPUModelRunner):
