@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.request import RequestStatus
 
 from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, Save, kind_of
 from avmp_vllm.core.geometry import ceil_div
@@ -71,9 +73,12 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self.arena = self.coordinator.arena
         self.block_pool = self.coordinator.block_pool
         self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
-        if self.enable_caching:
-            # A running state moves to a new block at each checkpoint, and frees the old one after.
-            self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+        # A running state moves to a new block at each checkpoint, and frees the old one after.
+        self._move_pages = (
+            ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+            if self.enable_caching
+            else 0
+        )
         # A ring does not grow.
         self._growth_pages = sum(
             ceil_div(config.growth_tokens, group.page_tokens)
@@ -118,7 +123,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         request no slack to grow into, so the watermark here has room for those that run: without it
         the last page would go to a newcomer, and the next token of anybody else would preempt.
         """
-        self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
+        growth = self._watermark + len(self._holders) * self._growth_pages
+        self.watermark_blocks = growth + self._move_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
         if num_external_computed_tokens and new_computed_blocks is not None:
@@ -127,7 +133,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 new_computed_blocks,
                 num_new_computed_tokens + num_external_computed_tokens,
             )
-        return super().allocate_slots(
+        allocate = partial(
+            super().allocate_slots,
             request,
             num_new_tokens,
             num_new_computed_tokens,
@@ -137,6 +144,11 @@ class AVMPBlockSpaceManager(KVCacheManager):
             *args,
             **kwargs,
         )
+        blocks = allocate()
+        if blocks is None and self._may_do_without_move(request, growth):
+            self.watermark_blocks = growth
+            blocks = allocate()
+        return blocks
 
     def _continued_from_outside(
         self, request: Request, hit: KVCacheBlocks, end: int
@@ -161,6 +173,23 @@ class AVMPBlockSpaceManager(KVCacheManager):
             tuple(
                 [] if kind is Kind.SSM else list(group)
                 for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
+            )
+        )
+
+    def _may_do_without_move(self, request: Request, growth: int) -> bool:
+        """Whether a newcomer that was refused needs to leave no block for a state that moves.
+
+        Where a state is a large part of the arena, one that is kept free is a request less.
+        """
+        return (
+            self.checkpoints is not None
+            and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            # A newcomer needs a state of its own.
+            and self.arena.available(Kind.KV) >= growth + self._move_pages > growth
+            and not any(
+                manager.moves(self.config.growth_tokens)
+                for manager in self.coordinator.single_type_managers
+                if isinstance(manager, StateManager)
             )
         )
 
