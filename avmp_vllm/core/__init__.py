@@ -13,6 +13,8 @@ plan           what a worker must do to the bytes before its next forward pass
 integrity      every invariant of an arena, checked
 statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
+hazards        rates of reuse by age: counts, what is thought of them, what follows
+recent         what was learned lately, and whether it contradicts what was learned before
 reuse          how soon a state is used again, learned from what has been used
 keeper         which states are worth their bytes: what is made, and what goes first
 tables         which layers share a block table, and how wide a page of several tables is

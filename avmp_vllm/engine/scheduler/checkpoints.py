@@ -187,7 +187,14 @@ class Checkpoints:
         """Positions inside of a request's chunk whose states are to be made, in ascending order."""
         visit = self._visits.get(request_id)
         stops = visit.stops if visit is not None else self._intents[request_id][1].stops.made
+        if not stops:
+            return []
         return sorted(stop for stop in stops if start < stop < end)
+
+    def prompt_end(self, request_id: str) -> int:
+        """Tokens of a running request's prompt."""
+        visit = self._visits.get(request_id)
+        return visit.prompt if visit is not None else 0
 
     def wants(self, request_id: str, position: int) -> bool:
         """Whether a request's state at a position is to be kept."""

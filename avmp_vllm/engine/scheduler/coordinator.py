@@ -113,6 +113,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
         for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
             manager.block_pool = self.pools[kind]
             manager._null_block = self.pools[kind].null_block
+        self._state_managers = [
+            manager for manager in self.single_type_managers if isinstance(manager, StateManager)
+        ]
         self.checkpoints: Checkpoints | None = None
         #: Groups with a page for every so many tokens, which a prefix hit needs all of.
         self.slots = self._slot_groups()
@@ -156,10 +159,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
         self.states.checkpoints = self.checkpoints
         managers = self.single_type_managers
         self._held_states = managers[self.kinds.index(Kind.SSM)].req_to_blocks
-        for manager in managers:
-            if isinstance(manager, StateManager):
-                manager.checkpoints = self.checkpoints
-                manager.tables = [managers[index].req_to_blocks for index in self.slots]
+        for manager in self._state_managers:
+            manager.checkpoints = self.checkpoints
+            manager.tables = [managers[index].req_to_blocks for index in self.slots]
 
     def _evict(self, handles: Sequence[int]) -> None:
         self.pools[kind_of(handles[0])].evict(handles)
@@ -212,12 +214,17 @@ class DualPoolCoordinator(KVCacheCoordinator):
             if not apply_admission_cap and blocks <= arena.geometry.block_limit:
                 arena.note_failure(pages, blocks)
             return NOT_NOW
+        if not apply_admission_cap:
+            # They must fit now, but can go again as soon as the step has been scheduled, so that
+            # they keep nobody out for whom vLLM wants a reserve kept.
+            for state_manager in self._state_managers:
+                blocks -= state_manager.passing(request_id)
         geometry = arena.geometry
         in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
         if not apply_admission_cap:
             # What is cached is referenced before anything is allocated, and needs no free page.
             cached = self._cached(new_computed_blocks)
-            self._next = pages - cached[Kind.KV], blocks - cached[Kind.SSM]
+            self._next = pages - cached[Kind.KV], need[Kind.SSM] - cached[Kind.SSM]
         return min(in_pages, arena.available(Kind.KV))
 
     def _cached(self, computed: tuple[Sequence[KVCacheBlock], ...]) -> dict[Kind, int]:
@@ -231,11 +238,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
 
     def _forgo(self, request_id: str) -> int:
         """Give up the states that a step would save for others; how many blocks that spares."""
-        return sum(
-            manager.forgo(request_id)
-            for manager in self.single_type_managers
-            if isinstance(manager, StateManager)
-        )
+        return sum(manager.forgo(request_id) for manager in self._state_managers)
 
     def allocate_new_blocks(
         self, request_id: str, *args: Any, **kwargs: Any

@@ -70,9 +70,12 @@ class AVMPBlockSpaceManager(KVCacheManager):
             self.coordinator.memory = self.memory
         self.block_pool = self.coordinator.block_pool
         self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
-        if self.enable_caching:
-            # A running state moves to a new block at each checkpoint, and frees the old one after.
-            self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+        # A running state moves to a new block at each checkpoint, and frees the old one after.
+        self._move_pages = (
+            ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+            if self.enable_caching
+            else 0
+        )
         # A ring does not grow.
         self._growth_pages = sum(
             ceil_div(config.growth_tokens, group.page_tokens)
@@ -107,14 +110,46 @@ class AVMPBlockSpaceManager(KVCacheManager):
         request no slack to grow into, so the watermark here has room for those that run: without it
         the last page would go to a newcomer, and the next token of anybody else would preempt.
         """
-        self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
+        growth = self._watermark + len(self._holders) * self._growth_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
-        if self.memory is not None:
+        self.watermark_blocks = growth + self._move_pages
+        memory = self.memory
+        if memory is not None:
             # One more: vLLM counts in whole pages what a state takes of the others' bytes.
             waits = request.status != RequestStatus.RUNNING
-            self.memory.headroom = self.watermark_blocks + 1 if waits else 0
-        return super().allocate_slots(request, *args, **kwargs)
+            memory.headroom = self.watermark_blocks + 1 if waits else 0
+        blocks = super().allocate_slots(request, *args, **kwargs)
+        if blocks is None and self._may_do_without_move(request, growth):
+            self.watermark_blocks = growth
+            if memory is not None:
+                memory.headroom = growth + 1
+            blocks = super().allocate_slots(request, *args, **kwargs)
+        return blocks
+
+    def _may_do_without_move(self, request: Request, growth: int) -> bool:
+        """Whether a newcomer that was refused needs to leave no block for a state that moves.
+
+        Where a state is a large part of the arena, one that is kept free is a request less.
+        """
+        return (
+            self.checkpoints is not None
+            and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+            # A newcomer needs a state of its own.
+            and self._available_pages >= growth + self._move_pages > growth
+            and not any(
+                manager.moves(self.config.growth_tokens)
+                for manager in self.coordinator.single_type_managers
+                if isinstance(manager, StateManager)
+            )
+        )
+
+    @property
+    def _available_pages(self) -> int:
+        """KV pages that could be referenced now, with all memory that may exist."""
+        if self.memory is None:
+            return self.arena.available(Kind.KV)
+        return self.memory.available_pages()
 
     def free(self, request: Request) -> None:
         """Free a request's blocks; those that no kept state needs do not stay in the cache."""

@@ -117,6 +117,8 @@ class MovePlanMixin(StreamingSessions):
             # Zero: the step's budget does not reach the next boundary, and might never.
             return aligned or num_new_tokens
         start = request.num_computed_tokens + num_new_local_computed_tokens
+        if start >= request.num_prompt_tokens and request.status == RequestStatus.RUNNING:
+            return num_new_tokens  # an answer is never cut
         end = start + num_new_tokens
         uncut: Container[int] = range(request.num_prompt_tokens)
         if not self._saves_anywhere:

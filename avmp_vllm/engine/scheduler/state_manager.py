@@ -198,6 +198,22 @@ class StateManager(MambaManager):
             return 0
         return self.block_pool.positions[blocks[-1 - self.num_speculative_blocks].block_id]
 
+    def moves(self, tokens: int) -> bool:
+        """Whether any running state needs a new block within so many tokens, or for its prompt."""
+        assert self.checkpoints is not None
+        size = self.block_size
+        for request_id in self.req_to_blocks:
+            position = self.position(request_id)
+            end = max(position + max(tokens, 1), self.checkpoints.prompt_end(request_id))
+            # vLLM's tables have an empty entry for who has asked and got nothing.
+            if position and cdiv(end, size) > cdiv(position, size):
+                return True
+        return False
+
+    def passing(self, request_id: str) -> int:
+        """Blocks of the next chunk that its request lets go of when the step is scheduled."""
+        return len(self._inside.get(request_id, (0, ()))[1]) if self._inside else 0
+
     def forgo(self, request_id: str) -> int:
         """Give up what a step would save for later requests alone.
 
