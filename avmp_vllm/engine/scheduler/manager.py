@@ -158,6 +158,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         blocks = allocate()
         if blocks is None and self._may_do_without_move(request, growth):
             self.watermark_blocks = growth
+            if self.memory is not None:
+                self.memory.headroom = growth + 1
             blocks = allocate()
         return blocks
 
@@ -170,13 +172,20 @@ class AVMPBlockSpaceManager(KVCacheManager):
             self.checkpoints is not None
             and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             # A newcomer needs a state of its own.
-            and self.arena.available(Kind.KV) >= growth + self._move_pages > growth
+            and self._available_pages >= growth + self._move_pages > growth
             and not any(
                 manager.moves(self.config.growth_tokens)
                 for manager in self.coordinator.single_type_managers
                 if isinstance(manager, StateManager)
             )
         )
+
+    @property
+    def _available_pages(self) -> int:
+        """KV pages that could be referenced now, with all memory that may exist."""
+        if self.memory is None:
+            return self.arena.available(Kind.KV)
+        return self.memory.available_pages()
 
     def _continued_from_outside(
         self, request: Request, hit: KVCacheBlocks, end: int

@@ -162,6 +162,13 @@ class ArenaMemory:
         if self._level != self.exists:
             self._set_level(self.exists)
 
+    def available_pages(self) -> int:
+        """KV pages that could be referenced now if all of the budget existed."""
+        arena = self.arena
+        reserve = self.elastic.reserve(arena.geometry, self.budget)
+        most = arena.geometry.pages_beside(arena.used(Kind.SSM), reserve)
+        return max(most - arena.used(Kind.KV), 0)
+
     def _create(self, target: int) -> None:
         """Have so many bytes, or as many as the system has."""
         if target <= self.exists:
