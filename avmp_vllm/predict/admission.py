@@ -46,8 +46,9 @@ class Admission:
         ratio: Fixed cost of a step in prefill tokens (``recompute_ratio``).
 
     Attributes:
-        refusals: Requests refused, each time that one was.
+        refusals: Times that a request was refused, by a refusal that stood or by a new one.
         reckoned: Times that the reserve was computed.
+        pages: The reserve as it was computed last.
     """
 
     def __init__(self, running: RunningSet, risk: float, window: float, ratio: float) -> None:
@@ -58,44 +59,33 @@ class Admission:
         self._window = window
         self._ratio = ratio
         self._refused: Hashable | None = None
-        self._reserve = 0
         self._left = 0
         self.refusals = 0
         self.reckoned = 0
+        self.pages = 0
 
     def reserve(self, tokens: int) -> int:
-        """Pages to leave free when a request starts.
+        """Pages to leave free for the others when a request starts.
 
         Args:
             tokens: Of the request, that would have to be computed again after a preemption.
         """
         self.reckoned += 1
         horizon = min(break_even(tokens, len(self._running), self._ratio), self._window)
-        return self._running.reserve(self._risk, horizon)
+        self.pages = self._running.reserve(self._risk, horizon)
+        return self.pages
 
-    def admits(self, name: Hashable, tokens: int, pages: int, available: int) -> bool:
-        """Whether a request may start now.
-
-        Args:
-            name: Of the request.
-            tokens: Of it, that would have to be computed again after a preemption.
-            pages: That it takes, its states included.
-            available: Free and evictable pages.
-        """
-        if self._refused == name and self._left > 0:
-            self.refusals += 1
+    def stands(self, name: Hashable) -> bool:
+        """Whether a request need not ask again yet, since it was refused and nothing came free."""
+        if self._refused != name or self._left <= 0:
             return False
-        if not len(self._running):  # alone it may have everything
-            self._refused = None
-            return pages <= available
-        if pages > available:
-            fits = False
-        else:
-            self._reserve = self.reserve(tokens)
-            fits = pages + self._reserve <= available
-        self._refused, self._left = (None, 0) if fits else (name, REFUSAL_STEPS)
-        self.refusals += not fits
-        return fits
+        self.refusals += 1
+        return True
+
+    def refused(self, name: Hashable) -> None:
+        """A request did not fit beside the reserve; it need not ask again soon."""
+        self._refused, self._left = name, REFUSAL_STEPS
+        self.refusals += 1
 
     def step(self) -> None:
         """A step was scheduled."""

@@ -15,7 +15,7 @@ dozen array operations and no loop over the requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,6 +153,20 @@ class RunningSet:
             self._whole[1, : len(self._names)] += tokens
         else:
             self._whole[1, [self._slot_of[name] for name in names]] += tokens
+
+    @property
+    def names(self) -> Sequence[Hashable]:
+        """Names of the requests, in the order that ``generated_by`` wants."""
+        return self._names
+
+    @property
+    def coming(self) -> Iterable[Hashable]:
+        """Names of those whose prompts are not computed yet."""
+        return self._coming
+
+    def generated_by(self, tokens: Sequence[int]) -> None:
+        """What each request has generated, in the order of ``names``."""
+        self._whole[1, : len(self._names)] = tokens
 
     def _pages(self, used: int) -> NDArray[np.int64]:
         """Pages that each request's tokens fill."""

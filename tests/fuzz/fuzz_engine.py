@@ -76,6 +76,8 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
             "avmp": {
                 "migration_batch": settings.batch,
                 "growth_tokens": settings.growth,
+                "admission": settings.admission,
+                "victim": settings.victim,
                 "cut_tokens": settings.cut,
                 "answer_tokens": settings.answer,
                 "verify": settings.verify,

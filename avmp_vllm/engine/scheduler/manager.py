@@ -5,18 +5,23 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.request import RequestStatus
 
 from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, Save, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import state_spec
+from avmp_vllm.engine.scheduler.admission import ForecastAdmission, GrowthAdmission, growing
 from avmp_vllm.engine.scheduler.coordinator import (
     AVMPCoordinator,
     AVMPCoordinatorNoPrefixCache,
     without_blocks,
 )
 from avmp_vllm.engine.scheduler.state_manager import StateManager
+from avmp_vllm.engine.scheduler.victims import Victims
+from avmp_vllm.predict import LengthForecaster
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
@@ -65,19 +70,37 @@ class AVMPBlockSpaceManager(KVCacheManager):
         if self.enable_caching:
             # A running state moves to a new block at each checkpoint, and frees the old one after.
             self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
-        # A ring does not grow.
-        self._growth_pages = sum(
-            ceil_div(config.growth_tokens, group.page_tokens)
-            for group in self.geometry.groups
-            if group.most != 1
-        )
-        self._holders = self.coordinator.single_type_managers[
+        self._held = self.coordinator.single_type_managers[
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks
         self.checkpoints = self.coordinator.checkpoints
+        self.admission = self._admission()
+        self.victims = Victims() if config.victim == "cheapest" else None
+        #: Tokens computed a second time, after preemptions.
+        self.recomputed = 0
+        self._computed_before: dict[str, int] = {}
         self._plans = 0
         self._copies: list[Copy] = []
         self._saves: list[Save] = []
+
+    def _admission(self) -> GrowthAdmission:
+        """What decides how much room newcomers leave."""
+        config = self.config
+        if config.admission == "growth":
+            return GrowthAdmission(self.geometry, config.growth_tokens, self._held)
+        return ForecastAdmission(
+            LengthForecaster(self.max_model_len),
+            self.geometry,
+            self.states_each,
+            config.forecast_risk,
+            max(config.cut_tokens, 1),
+            self._held,
+        )
+
+    @property
+    def states_each(self) -> int:
+        """Blocks of states that a running request holds."""
+        return 1 + state_spec(self.kv_cache_config).num_speculative_blocks
 
     @property
     def geometry(self) -> Geometry:
@@ -92,28 +115,80 @@ class AVMPBlockSpaceManager(KVCacheManager):
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
         return used / (geometry.pages * geometry.page_bytes - null)
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        *args: Any,
+        has_scheduled_reqs: bool = True,
+        **kwargs: Any,
+    ) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.
 
-        vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
-        request no slack to grow into, so the watermark here has room for those that run: without it
-        the last page would go to a newcomer, and the next token of anybody else would preempt.
+        vLLM keeps a watermark free when it admits a request beside others. Here it has room for
+        what those may still need.
         """
-        self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        hit = request.num_computed_tokens + num_new_computed_tokens
+        if waits and has_scheduled_reqs:
+            room = self.admission.room(request, hit)
+            if room is None:
+                return None
+            self.watermark_blocks = self._watermark + room
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
-        return super().allocate_slots(request, *args, **kwargs)
+        blocks = super().allocate_slots(
+            request,
+            num_new_tokens,
+            num_new_computed_tokens,
+            *args,
+            has_scheduled_reqs=has_scheduled_reqs,
+            **kwargs,
+        )
+        if waits and blocks is None:
+            self.admission.refused(request)
+        elif waits:
+            self.admission.admitted(request, hit, hit + num_new_tokens)
+            self.recomputed += max(self._computed_before.pop(request.request_id, 0) - hit, 0)
+            if self.victims is not None:
+                self.victims.admitted(request)
+        return blocks
+
+    def preempted(self, request: Request) -> None:
+        """A request is about to lose its blocks to others."""
+        self._computed_before[request.request_id] = request.num_computed_tokens
+
+    def may_fall_short(self, running: int, tokens: int) -> bool:
+        """Whether a step might need more than there is.
+
+        Args:
+            running: Requests that run.
+            tokens: Of the step at most.
+        """
+        groups, geometry = growing(self.geometry), self.geometry
+        pages = sum(running + ceil_div(tokens, group.page_tokens) for group in groups)
+        states = running * ceil_div(geometry.block_bytes, geometry.page_bytes)
+        return self.arena.available(Kind.KV) < pages + states
+
+    def _leave(self, request: Request) -> None:
+        """A request's blocks go."""
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request.request_id)
+        self.admission.left(request)
+        if self.victims is not None:
+            self.victims.left(request)
+        if request.is_finished():
+            self._computed_before.pop(request.request_id, None)
 
     def free(self, request: Request) -> None:
         """Free a request's blocks; those that no kept state needs do not stay in the cache."""
-        if self.checkpoints is not None:
-            self.checkpoints.leave(request.request_id)
+        self._leave(request)
         super().free(request)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """Take a request's blocks, which the caller frees later."""
-        if self.checkpoints is not None:
-            self.checkpoints.leave(request.request_id)
+        self._leave(request)
         return super().pop_blocks_for_free(request)
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:

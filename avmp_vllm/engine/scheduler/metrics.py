@@ -19,6 +19,7 @@ from avmp_vllm.core import Arena, Kind
 from avmp_vllm.core.keeper import Origin
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.scheduler.state_manager import COPY_CAUSES, StateManager
+from avmp_vllm.predict.score import SHARES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,6 +38,8 @@ SERIES: dict[str, tuple[str, ...]] = {
     "direction": tuple(f"{kind.other.label}_to_{kind.label}" for kind in Kind),
     "state": tuple(origin.value for origin in Origin),
     "cause": COPY_CAUSES,
+    "share": tuple(f"{share:g}" for share in SHARES),
+    "forecast": ("mixture", "general"),
     "": ("",),
 }
 
@@ -114,6 +117,12 @@ GAUGES: tuple[Metric, ...] = (
         "",
         _price,
     ),
+    Metric(
+        "reserve_pages",
+        "KV pages that the latest newcomer had to leave free for those that run.",
+        "",
+        lambda manager: [manager.admission.reserve],
+    ),
 )
 COUNTERS: tuple[Metric, ...] = (
     _arena(
@@ -157,6 +166,36 @@ COUNTERS: tuple[Metric, ...] = (
         "Bytes of the states that were copied.",
         "cause",
         lambda manager: [count * manager.geometry.block_bytes for count in _copied(manager)],
+    ),
+    Metric(
+        "admission_refusals",
+        "Times that a request had to go on waiting for room.",
+        "",
+        lambda manager: [manager.admission.refusals],
+    ),
+    Metric(
+        "recomputed_tokens",
+        "Tokens that were computed a second time, after preemptions.",
+        "",
+        lambda manager: [manager.recomputed],
+    ),
+    Metric(
+        "forecasts",
+        "Answers that ended by themselves, and whose lengths had been forecast.",
+        "",
+        lambda manager: [manager.admission.score.answers],
+    ),
+    Metric(
+        "forecasts_within",
+        "Of these, answers within the length that a share of them was forecast to stay within.",
+        "share",
+        lambda manager: list(manager.admission.score.within),
+    ),
+    Metric(
+        "forecast_loss",
+        "Log-loss of these forecasts in nats, over octaves of lengths.",
+        "forecast",
+        lambda manager: [manager.admission.score.loss, manager.admission.score.general_loss],
     ),
 )
 METRICS = GAUGES + COUNTERS

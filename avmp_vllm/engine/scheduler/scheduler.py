@@ -36,6 +36,7 @@ class MovePlanMixin(StreamingSessions):
     """What AVMP adds to either of vLLM's schedulers."""
 
     cache_config: CacheConfig
+    running: list[Request]
 
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
@@ -76,10 +77,15 @@ class MovePlanMixin(StreamingSessions):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
+        manager = self.kv_cache_manager
+        manager.admission.step()
+        if manager.victims is not None and manager.may_fall_short(
+            len(self.running), self.max_num_scheduled_tokens
+        ):
+            self.running = manager.victims.order(self.running)
         output = super().schedule(*args, **kwargs)
         if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
             self.release_paused()  # somebody waits for their blocks; the next step has them
-        manager = self.kv_cache_manager
         plan = manager.take_move_plan(output.new_block_ids_to_zero)
         # Both lists name handles; the plan has them as physical pages, in the right order.
         output.new_block_ids_to_zero = None
@@ -137,6 +143,7 @@ class MovePlanMixin(StreamingSessions):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""
         self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
+        self.kv_cache_manager.preempted(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
