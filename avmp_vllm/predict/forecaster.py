@@ -178,8 +178,10 @@ class LengthForecaster:
         score.answers += 1
         score.loss -= math.log(forecast._weights @ probability)
         score.general_loss -= math.log(probability[GENERAL])
+        # An answer is within a quantile if the length right below it is not beyond.
+        beyond = self.bins.at(forecast.curve, generated - 1)
         for index, share in enumerate(SHARES):
-            score.within[index] += generated <= forecast.quantile(share)
+            score.within[index] += beyond > 1.0 - share
         self.conversations.note(hashes, generated, forecast.known.turn + 1)
 
     def stop(self, forecast: Forecast, generated: int, hashes: Sequence[Hashable] = ()) -> None:
