@@ -143,6 +143,18 @@ def test_verify_by_environment(monkeypatch):
             {"block_manager": "avmp", "avmp": {"kernels": "fast"}},
             "option 'kernels' = 'fast': .*'auto', 'resolved' or 'handles'",
         ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "oracle"}},
+            "option 'admission' = 'oracle': .*'growth' or 'forecast'",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"forecast_risk": -0.5}},
+            "option 'forecast_risk' = -0.5: .*greater than or equal to 0",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"victim": "first"}},
+            "option 'victim' = 'first': .*'last' or 'cheapest'",
+        ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
         ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),
         ({"block_manager": "avmp", "avmp": {5: 1}}, "unknown option '5': .*Known: page_tokens"),
