@@ -164,7 +164,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
 
         Args:
             running: Requests that run.
-            tokens: Of the step at most.
+            tokens: That these get slots for at most.
         """
         groups, geometry = growing(self.geometry), self.geometry
         pages = sum(running + ceil_div(tokens, group.page_tokens) for group in groups)

@@ -79,10 +79,11 @@ class MovePlanMixin(StreamingSessions):
         """Schedule a step and attach what the workers must move before it."""
         manager = self.kv_cache_manager
         manager.admission.step()
-        if manager.victims is not None and manager.may_fall_short(
-            len(self.running), self.max_num_scheduled_tokens
-        ):
-            self.running = manager.victims.order(self.running)
+        if manager.victims is not None:
+            running = len(self.running)
+            tokens = self.max_num_scheduled_tokens + running * self.num_lookahead_tokens
+            if manager.may_fall_short(running, tokens):
+                self.running = manager.victims.order(self.running)
         output = super().schedule(*args, **kwargs)
         if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
             self.release_paused()  # somebody waits for their blocks; the next step has them
