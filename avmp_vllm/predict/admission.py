@@ -42,8 +42,7 @@ class Admission:
     Args:
         running: The requests that run.
         risk: Standard deviations of their need to be safe by (``forecast_risk``).
-        window: Most tokens to look ahead (``forecast_window``).
-        ratio: Fixed cost of a step in prefill tokens (``recompute_ratio``).
+        ratio: Fixed cost of a step in prefill tokens.
 
     Attributes:
         refusals: Times that a request was refused, by a refusal that stood or by a new one.
@@ -51,12 +50,11 @@ class Admission:
         pages: The reserve as it was computed last.
     """
 
-    def __init__(self, running: RunningSet, risk: float, window: float, ratio: float) -> None:
-        if risk < 0 or window < 0 or ratio <= 0:
-            raise ValueError(f"risk {risk} or window {window} below 0, or ratio {ratio} not above")
+    def __init__(self, running: RunningSet, risk: float, ratio: float) -> None:
+        if risk < 0 or ratio <= 0:
+            raise ValueError(f"risk {risk} below 0, or ratio {ratio} not above")
         self._running = running
         self._risk = risk
-        self._window = window
         self._ratio = ratio
         self._refused: Hashable | None = None
         self._left = 0
@@ -71,7 +69,7 @@ class Admission:
             tokens: Of the request, that would have to be computed again after a preemption.
         """
         self.reckoned += 1
-        horizon = min(break_even(tokens, len(self._running), self._ratio), self._window)
+        horizon = break_even(tokens, len(self._running), self._ratio)
         self.pages = self._running.reserve(self._risk, horizon)
         return self.pages
 

@@ -23,23 +23,33 @@ from numpy.typing import NDArray
 from avmp_vllm.predict.bins import Floats, LengthBins
 from avmp_vllm.predict.forecaster import Forecast
 
+#: Tokens to look ahead at most. By then most of those that run now have ended.
+WINDOW = 1024
 #: Each horizon looked at is so many times the one before it, or one page more.
 GROWTH = 1.6
 
 
-def pages_ahead(page_tokens: int, window: int) -> list[int]:
-    """Pages of growth at which the need is reckoned: none, one, two, then ever further apart.
+def tokens_ahead(page_tokens: int, window: int) -> list[int]:
+    """Tokens from now at which the need is reckoned: 2, 8, 32 ... inside of the first page, then
+    whole pages ever further apart.
+
+    What is short is short soon: growth is steady, and answers that end make up for it, but for a
+    few tokens it may happen that none does.
 
     Args:
         page_tokens: Tokens of a page.
-        window: Tokens to look ahead; the last of the pages is the one that they end in.
+        window: Tokens to look ahead; the last horizon is the page that they end in.
     """
     last = -(-window // page_tokens)
+    if not last:
+        return [0]
     found, pages = [0], 1
+    while (inside := 2 * 4 ** (len(found) - 1)) < page_tokens:
+        found.append(inside)
     while pages < last:
-        found.append(pages)
+        found.append(pages * page_tokens)
         pages = max(int(pages * GROWTH), pages + 1)
-    return [*found, last] if last else found
+    return [*found, last * page_tokens]
 
 
 class RunningSet:
@@ -53,16 +63,17 @@ class RunningSet:
     """
 
     def __init__(
-        self, bins: LengthBins, page_tokens: int, state_pages: float, window: int = 4096
+        self, bins: LengthBins, page_tokens: int, state_pages: float, window: int = WINDOW
     ) -> None:
         if page_tokens < 1 or state_pages < 0 or window < 0:
             raise ValueError(f"{page_tokens} tokens, {state_pages} pages, window {window}")
         self._bins = bins
         self._page = page_tokens
         self._state = state_pages
-        ahead = np.array(pages_ahead(page_tokens, window), dtype=np.int64)
-        self._ahead_pages: Floats = ahead.astype(np.float64)
-        self._ahead: NDArray[np.int64] = ahead * page_tokens
+        self._ahead: NDArray[np.int64] = np.array(tokens_ahead(page_tokens, window), dtype=np.int64)
+        #: How many of them lie inside of the first page; one more is looked at at least.
+        self._inside = int(np.searchsorted(self._ahead, page_tokens))
+        self._more: Floats = self._ahead[self._inside :] / page_tokens
         self._coming: dict[Hashable, int] = {}  # name -> tokens that have no pages yet
         self._slot_of: dict[Hashable, int] = {}
         self._names: list[Hashable] = []
@@ -199,10 +210,10 @@ class RunningSet:
         used = len(self._names)
         if not used:
             return 0
-        ahead, more = self._ahead, self._ahead_pages
+        ahead = self._ahead
         if horizon < ahead[-1]:
-            looked = max(int(np.searchsorted(ahead, horizon, side="right")), 2)
-            ahead, more = ahead[:looked], more[:looked]
+            looked = int(np.searchsorted(ahead, horizon, side="right"))
+            ahead = ahead[: max(looked, self._inside + 1)]
         # [horizons, requests] from here on.
         lengths = np.add.outer(ahead, self._whole[1, :used])
         low = self._bins.below(lengths)
@@ -211,8 +222,14 @@ class RunningSet:
         alive *= lengths
         alive += self._base.ravel().take(low)
         alive /= np.maximum(alive[0], 1e-12)
-        pages = self._pages(used) - self._whole[2, :used]
-        need = np.add.outer(more, pages + self._state)
+        inside = self._inside
+        near = lengths[:inside]
+        near += self._whole[0, :used] + (self._page - 1)
+        near //= self._page
+        need = np.empty(alive.shape)
+        need[:inside] = near
+        np.add.outer(self._more[: len(need) - inside], near[0], out=need[inside:])
+        need += self._state - self._whole[2, :used]
         now = float(need[0].sum())
         expected = alive * need
         mean = expected.sum(axis=1)

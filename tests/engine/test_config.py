@@ -148,6 +148,14 @@ def test_verify_by_environment(monkeypatch):
             "option 'admission' = 'oracle': .*'growth' or 'forecast'",
         ),
         (
+            {"block_manager": "avmp", "avmp": {"admission": "forecast", "growth_tokens": 16}},
+            "option 'growth_tokens' = 16 does nothing with admission: forecast; .* growth$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "growth", "forecast_risk": 1.0}},
+            "option 'forecast_risk' = 1.0 does nothing with admission: growth; .* forecast$",
+        ),
+        (
             {"block_manager": "avmp", "avmp": {"forecast_risk": -0.5}},
             "option 'forecast_risk' = -0.5: .*greater than or equal to 0",
         ),

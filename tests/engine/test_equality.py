@@ -37,7 +37,7 @@ def test_answers_equal_stock(tiny_jamba, caching, memory):
     with engine(
         tiny_jamba,
         # Without room to grow, so that requests are admitted until some must be preempted.
-        avmp={"checkpoint_tokens": 128, "growth_tokens": 0},
+        avmp={"checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0},
         kv_cache_memory_bytes=memory,
         enable_prefix_caching=caching,
     ) as llm:
@@ -108,7 +108,12 @@ def test_several_answers_and_long_outputs(tiny_jamba):
     """
     prompts = mixed_prompts(seed=7, count=6)
     answers = {}
-    growth = {"checkpoint_tokens": 64, "growth_tokens": 0}
+    growth = {
+        "checkpoint_tokens": 64,
+        "admission": "growth",
+        "growth_tokens": 0,
+        "victim": "last",
+    }
     forecast = {"checkpoint_tokens": 64, "admission": "forecast", "victim": "cheapest"}
     for name, avmp, memory in (
         ("stock", None, AMPLE),

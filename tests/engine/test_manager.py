@@ -66,7 +66,7 @@ class Driver:
         scheduler: Which of the two schedulers.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
-        options: More of AVMP's options.
+        options: More of AVMP's options, and others in the place of ``growth``.
         checkpoints: Whether the layers save a state in the middle of a prefill, as Mamba-2 on CUDA.
         anywhere: Whether they save states at any position of it, as Mamba-1 on the CPU.
         retention: ``--prefix-cache-retention-interval``.
@@ -107,10 +107,9 @@ class Driver:
                 "block_manager": "avmp",
                 "avmp": {
                     "migration_batch": batch,
-                    "growth_tokens": growth,
                     "cut_tokens": 0,
                     "verify": True,
-                    **(options or {}),
+                    **(options or {"admission": "growth", "growth_tokens": growth}),
                 },
             },
         ).create_engine_config()

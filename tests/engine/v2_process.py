@@ -80,6 +80,7 @@ def workload(name: str, model: str, **options: Any) -> Iterator[Any]:
     avmp = {
         "checkpoint_tokens": 128,
         "migration_batch": 8,
+        "admission": "growth",
         "growth_tokens": 0,
         **options.pop("avmp", {}),
     }
@@ -605,7 +606,13 @@ def scenarios(
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
         "drafts_stock": lambda: drafting(short_granite, None),
         "drafts": lambda: drafting(
-            short_granite, {"checkpoint_tokens": 128, "growth_tokens": 0, "migration_batch": 8}
+            short_granite,
+            {
+                "checkpoint_tokens": 128,
+                "admission": "growth",
+                "growth_tokens": 0,
+                "migration_batch": 8,
+            },
         ),
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),

@@ -75,7 +75,6 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
             "block_manager": "avmp",
             "avmp": {
                 "migration_batch": settings.batch,
-                "growth_tokens": settings.growth,
                 "admission": settings.admission,
                 "victim": settings.victim,
                 "cut_tokens": settings.cut,
@@ -83,6 +82,8 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
                 "verify": settings.verify,
             },
         }
+        if settings.admission == "growth":
+            config.additional_config["avmp"]["growth_tokens"] = settings.growth
     return config
 
 

@@ -24,7 +24,7 @@ def made(running: int, risk: float = 0.0, ratio: float = 400.0) -> Admission:
     requests = RunningSet(BINS, PAGE, 2.0)
     for name in range(running):
         requests.add(name, LONG, 160)
-    return Admission(requests, risk, 4096, ratio)
+    return Admission(requests, risk, ratio)
 
 
 def admits(admission: Admission, name: str, tokens: int, pages: int, available: int) -> bool:
@@ -63,10 +63,10 @@ def test_where_a_step_costs_little_the_horizon_has_no_end() -> None:
 
 
 def test_the_window_ends_the_horizon() -> None:
-    requests = RunningSet(BINS, PAGE, 2.0)
+    near, far = (Admission(RunningSet(BINS, PAGE, 2.0, window), 0.0, 400) for window in (16, 1024))
     for name in range(40):
-        requests.add(name, LONG, 160)
-    near, far = Admission(requests, 0.0, 16, 400), Admission(requests, 0.0, 4096, 400)
+        near._running.add(name, LONG, 160)
+        far._running.add(name, LONG, 160)
     assert near.reserve(10**5) == 40  # the next page of each
     assert far.reserve(10**5) > 40
 
@@ -115,7 +115,7 @@ def test_standing_refusals_decide_the_same_for_less(load: int) -> None:
     def run(standing: bool) -> tuple[list[tuple[int, str]], int]:
         rng = np.random.default_rng(load)
         requests = RunningSet(BINS, PAGE, 2.0)
-        admission = Admission(requests, 1.0, 4096, 400)
+        admission = Admission(requests, 1.0, 400)
         memory, started, waiting = 400.0, [], 0
         left: dict[str, int] = {}
         lengths = rng.integers(5, 400, 200)
@@ -147,7 +147,7 @@ def test_standing_refusals_decide_the_same_for_less(load: int) -> None:
     assert few < many / 3
 
 
-@pytest.mark.parametrize("arguments", [(-1.0, 1, 1), (0.0, -1, 1), (0.0, 1, 0)])
-def test_values_that_mean_nothing_are_refused(arguments: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize("arguments", [(-1.0, 1), (0.0, 0)])
+def test_values_that_mean_nothing_are_refused(arguments: tuple[float, float]) -> None:
     with pytest.raises(ValueError):
         Admission(RunningSet(BINS, PAGE, 1.0), *arguments)

@@ -17,6 +17,9 @@ BLOCK_MANAGERS = ("default", "avmp")
 #: Set in the environment of child processes, so that their plugin installs the seams as well.
 SELECTED = "AVMP_BLOCK_MANAGER"
 
+#: Options that mean something with one kind of admission alone.
+OF_ADMISSION = {"growth_tokens": "growth", "forecast_risk": "forecast"}
+
 #: Options that are gone, and what to do instead.
 REPLACED = {
     "tail_tokens": "set cut_tokens, the tokens that a state must be expected to spare later "
@@ -93,6 +96,14 @@ class AVMPConfig(BaseModel):
             config = cls.model_validate(value)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
+        for key, admission in OF_ADMISSION.items():
+            given = getattr(config, key)
+            # What is read may be what was written from options that were read before.
+            if config.admission != admission and given != cls.model_fields[key].default:
+                raise ConfigError(
+                    f'additional_config["avmp"]: option {key!r} = {given} does nothing with '
+                    f"admission: {config.admission}; leave it out, or set admission: {admission}"
+                )
         if os.environ.get("AVMP_VERIFY", "") not in ("", "0"):
             config = config.model_copy(update={"verify": True})
         return config

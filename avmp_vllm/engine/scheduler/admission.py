@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     Held = Mapping[str, Sequence[KVCacheBlock]]
 
-#: Tokens to look ahead at most.
-WINDOW = 4096
 #: Running answers are looked at every so many steps, to learn that they go on.
 LOOK_STEPS = 16
 
@@ -116,10 +114,8 @@ class ForecastAdmission(GrowthAdmission):
         rings = len(geometry.groups) - len(growing(geometry))
         fixed = states * geometry.block_bytes / geometry.page_bytes + rings
         self._forecaster = forecaster
-        self._running = predict.RunningSet(
-            forecaster.bins, self._page, fixed / self._tables, WINDOW
-        )
-        self._rule = predict.Admission(self._running, risk, WINDOW, ratio)
+        self._running = predict.RunningSet(forecaster.bins, self._page, fixed / self._tables)
+        self._rule = predict.Admission(self._running, risk, ratio)
         self._forecasts: dict[Request, predict.Forecast] = {}
         self._steps = 0
         self.score = forecaster.score

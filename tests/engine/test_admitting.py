@@ -250,7 +250,7 @@ def test_control_without_protection_the_oldest_gives_way(
 def test_the_cheapest_is_preempted(model: str, caching: bool) -> None:  # noqa: F811
     """Of three that run, the one in the middle of the queue is the cheapest."""
     for victim, expected in (("last", "c"), ("cheapest", "b")):
-        options = {"growth_tokens": 0, "victim": victim}
+        options = {"admission": "growth", "growth_tokens": 0, "victim": victim}
         driver = Answers(model, arena_for(1.25), caching, options=options)
         for name, tokens in (("a", 300), ("b", 20), ("c", 310)):
             driver.ask(name, prompt(name, tokens), 500, 700)
