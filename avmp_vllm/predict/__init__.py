@@ -21,9 +21,8 @@ for bit. An engine makes these calls (``F`` a ``LengthForecaster``, ``R`` a ``Ru
 arrival
     ``forecast = F.arrive(prompt tokens, hashes of the prompt's full blocks)``, once a request.
 it waits, and is next
-    ``A.stands(name)`` if an earlier refusal stands; else ``A.reserve(tokens to compute again if
-    preempted)``, the pages that must stay free, and ``A.refused(name)`` if they would not. Not for
-    requests that run.
+    ``A.stands(name)`` if an earlier refusal stands; else ``A.reserve()``, the pages that must stay
+    free, and ``A.refused(name)`` if they would not. Not for requests that run.
 it starts, or goes on after a preemption
     ``R.add(name, forecast, prompt tokens, generated, computed, shared pages)``.
 a chunk of its prompt was scheduled
@@ -43,7 +42,7 @@ before a step in which somebody may be preempted
     ``order(candidates)``: vLLM preempts the last of its running requests.
 """
 
-from avmp_vllm.predict.admission import Admission, break_even
+from avmp_vllm.predict.admission import Admission
 from avmp_vllm.predict.bins import LengthBins
 from avmp_vllm.predict.buckets import AdaptiveBuckets, Placement
 from avmp_vllm.predict.forecaster import Forecast, LengthForecaster
@@ -59,7 +58,6 @@ __all__ = [
     "LengthForecaster",
     "Placement",
     "RunningSet",
-    "break_even",
     "order",
     "victim",
 ]

@@ -6,7 +6,7 @@ nothing but what others hold with it. With independent answers the pages held th
 
     mean(t) = sum p(t) * need(t)        var(t) = sum p(t) * (1 - p(t)) * need(t)**2
 
-and the reserve is the largest of ``mean(t) + risk * sqrt(var(t)) - held now`` over the horizon.
+and the reserve is the largest of ``mean(t) + risk * sqrt(var(t)) - held now`` over the window.
 
 A state counts as its bytes in pages. Slots are rows of a few arrays, so that reckoning takes a
 dozen array operations and no loop over the requests.
@@ -29,27 +29,23 @@ WINDOW = 1024
 GROWTH = 1.6
 
 
-def tokens_ahead(page_tokens: int, window: int) -> list[int]:
-    """Tokens from now at which the need is reckoned: 2, 8, 32 ... inside of the first page, then
-    whole pages ever further apart.
+def pages_ahead(page_tokens: int, window: int) -> list[int]:
+    """Pages of growth at which the need is reckoned: none, one, two, then ever further apart.
 
-    What is short is short soon: growth is steady, and answers that end make up for it, but for a
-    few tokens it may happen that none does.
+    Nothing inside of the first page: what is short there is short by a page or two until the next
+    answer ends, and costs one preemption at most. Keeping room for that, too, was tried, and lost
+    more than it spared.
 
     Args:
         page_tokens: Tokens of a page.
-        window: Tokens to look ahead; the last horizon is the page that they end in.
+        window: Tokens to look ahead; the last of the pages is the one that they end in.
     """
     last = -(-window // page_tokens)
-    if not last:
-        return [0]
     found, pages = [0], 1
-    while (inside := 2 * 4 ** (len(found) - 1)) < page_tokens:
-        found.append(inside)
     while pages < last:
-        found.append(pages * page_tokens)
+        found.append(pages)
         pages = max(int(pages * GROWTH), pages + 1)
-    return [*found, last * page_tokens]
+    return [*found, last] if last else found
 
 
 class RunningSet:
@@ -70,10 +66,9 @@ class RunningSet:
         self._bins = bins
         self._page = page_tokens
         self._state = state_pages
-        self._ahead: NDArray[np.int64] = np.array(tokens_ahead(page_tokens, window), dtype=np.int64)
-        #: How many of them lie inside of the first page; one more is looked at at least.
-        self._inside = int(np.searchsorted(self._ahead, page_tokens))
-        self._more: Floats = self._ahead[self._inside :] / page_tokens
+        ahead = np.array(pages_ahead(page_tokens, window), dtype=np.int64)
+        self._ahead_pages: Floats = ahead.astype(np.float64)
+        self._ahead: NDArray[np.int64] = ahead * page_tokens
         self._coming: dict[Hashable, int] = {}  # name -> tokens that have no pages yet
         self._slot_of: dict[Hashable, int] = {}
         self._names: list[Hashable] = []
@@ -200,36 +195,25 @@ class RunningSet:
         used = len(self._names)
         return float(self._pages(used).sum()) + self._state * used - self._missing()
 
-    def reserve(self, risk: float, horizon: float = math.inf) -> int:
+    def reserve(self, risk: float) -> int:
         """Pages that running requests may need on top of what they hold.
 
         Args:
             risk: Standard deviations to be safe by.
-            horizon: Tokens ahead that matter; at least up to the next page.
         """
         used = len(self._names)
         if not used:
             return 0
-        ahead = self._ahead
-        if horizon < ahead[-1]:
-            looked = int(np.searchsorted(ahead, horizon, side="right"))
-            ahead = ahead[: max(looked, self._inside + 1)]
         # [horizons, requests] from here on.
-        lengths = np.add.outer(ahead, self._whole[1, :used])
+        lengths = np.add.outer(self._ahead, self._whole[1, :used])
         low = self._bins.below(lengths)
         low += self._offsets[:used]
         alive = self._slope.ravel().take(low)
         alive *= lengths
         alive += self._base.ravel().take(low)
         alive /= np.maximum(alive[0], 1e-12)
-        inside = self._inside
-        near = lengths[:inside]
-        near += self._whole[0, :used] + (self._page - 1)
-        near //= self._page
-        need = np.empty(alive.shape)
-        need[:inside] = near
-        np.add.outer(self._more[: len(need) - inside], near[0], out=need[inside:])
-        need += self._state - self._whole[2, :used]
+        pages = self._pages(used) - self._whole[2, :used]
+        need = np.add.outer(self._ahead_pages, pages + self._state)
         now = float(need[0].sum())
         expected = alive * need
         mean = expected.sum(axis=1)

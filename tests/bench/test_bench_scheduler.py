@@ -220,7 +220,7 @@ def test_admission_and_victims_beside_one_another(tmp_path, capsys):
     arguments += ["--memory", "64MiB", "--max-model-len", "512", "--seeds", "1"]
     arguments += ["--no-prefix-caching"]
     forecast = "avmp+admission=forecast+victim=cheapest"
-    oracle = "oracle+cut_tokens=0"  # a step costs nothing, so nothing is worth a preemption
+    oracle = "oracle+admission=forecast+victim=cheapest"
     variants = f"avmp,avmp+growth_tokens=0,{forecast},{oracle}"
     arguments += ["--variants", variants, "--baseline", "avmp", "--output", str(path)]
     assert main(["bench", "scheduler", *arguments]) == 0

@@ -126,14 +126,14 @@ def test_it_learns_how_much_room_is_needed(model: str) -> None:  # noqa: F811
             driver.ask(name, prompt(name, 40), answers)
         driver.step()
         newcomer = driver.ask("c", prompt("c", 40), answers)
-        rooms[answers] = driver.manager.admission.room(newcomer, 0)
+        rooms[answers] = driver.manager.admission.room(newcomer)
         for name in ("a", "b"):  # as if their users had said so
             request = driver.scheduler.requests[name]
             request.max_tokens = 2
             driver.manager.admission._running.remove(request)
             driver.manager.admission._forecasts[request].cap(2)
             driver.manager.admission.admitted(request, 0, 40)
-        assert driver.manager.admission.room(newcomer, 0) <= 2
+        assert driver.manager.admission.room(newcomer) <= 2
     assert rooms[10] < 4 < rooms[400]
 
 

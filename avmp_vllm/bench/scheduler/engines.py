@@ -328,7 +328,6 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
             manager.geometry,
             manager.states_each,
             0.0,
-            max(manager.config.cut_tokens, 1),
             manager._held,
         )
     return engine

@@ -53,12 +53,11 @@ class GrowthAdmission:
         self.reserve = 0
         self.refusals = 0
 
-    def room(self, request: Request, hit: int) -> int | None:
+    def room(self, request: Request) -> int | None:
         """Pages to leave free for the others if a request starts now.
 
         Args:
             request: That waits.
-            hit: Of its tokens, those that need not be computed.
 
         Returns:
             The pages, or None if it need not ask: nothing has changed since it was refused.
@@ -94,7 +93,6 @@ class ForecastAdmission(GrowthAdmission):
         geometry: Of the arena.
         states: Blocks of states that a running request holds.
         risk: ``forecast_risk``.
-        ratio: Prompt tokens that are computed in the time of one more step.
         held: As above.
     """
 
@@ -104,7 +102,6 @@ class ForecastAdmission(GrowthAdmission):
         geometry: Geometry,
         states: int,
         risk: float,
-        ratio: float,
         held: Held,
     ) -> None:
         super().__init__(geometry, 0, held)
@@ -115,12 +112,12 @@ class ForecastAdmission(GrowthAdmission):
         fixed = states * geometry.block_bytes / geometry.page_bytes + rings
         self._forecaster = forecaster
         self._running = predict.RunningSet(forecaster.bins, self._page, fixed / self._tables)
-        self._rule = predict.Admission(self._running, risk, ratio)
+        self._rule = predict.Admission(self._running, risk)
         self._forecasts: dict[Request, predict.Forecast] = {}
         self._steps = 0
         self.score = forecaster.score
 
-    def room(self, request: Request, hit: int) -> int | None:
+    def room(self, request: Request) -> int | None:
         """Pages to leave free for the others; reckoned once, then not until pages come free."""
         if self._rule.stands(request):
             self.refusals += 1
@@ -128,8 +125,7 @@ class ForecastAdmission(GrowthAdmission):
         self.look()
         if request not in self._forecasts:
             self._forecasts[request] = self._forecast(request)
-        pages = self._rule.reserve(request.num_tokens - hit)
-        self.reserve = math.ceil(pages * self._tables)
+        self.reserve = math.ceil(self._rule.reserve() * self._tables)
         return self.reserve
 
     def look(self) -> None:

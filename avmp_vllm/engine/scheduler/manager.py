@@ -93,7 +93,6 @@ class AVMPBlockSpaceManager(KVCacheManager):
             self.geometry,
             self.states_each,
             config.forecast_risk,
-            max(config.cut_tokens, 1),
             self._held,
         )
 
@@ -132,7 +131,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         hit = request.num_computed_tokens + num_new_computed_tokens
         if waits and has_scheduled_reqs:
-            room = self.admission.room(request, hit)
+            room = self.admission.room(request)
             if room is None:
                 return None
             self.watermark_blocks = self._watermark + room
