@@ -28,6 +28,8 @@ GENERAL = 1
 ROW_MEMORY = 1000.0
 #: A running answer counts as exposure at this length, and at each double of it.
 FIRST_PROGRESS = 16
+#: A limit that an answer reaches with less than this probability is left alone.
+UNLIKELY = 1e-3
 #: Rows of the features' classes that are kept.
 MOST_ROWS = 4096
 
@@ -78,6 +80,8 @@ class Forecast:
 
     def cap(self, limit: int) -> None:
         """The answer is cut off at ``limit`` tokens, whatever else is known of it."""
+        if self._bins.at(self.curve, limit) < UNLIKELY:
+            return
         beyond = int(np.searchsorted(self._bins.edges, limit))
         self.curve = np.append(self.curve[:beyond], np.zeros(len(self.curve) - beyond))
 

@@ -109,7 +109,10 @@ class Driver:
                     "migration_batch": batch,
                     "cut_tokens": 0,
                     "verify": True,
-                    **(options or {"admission": "growth", "growth_tokens": growth}),
+                    **(
+                        options
+                        or {"admission": "growth", "growth_tokens": growth, "victim": "last"}
+                    ),
                 },
             },
         ).create_engine_config()

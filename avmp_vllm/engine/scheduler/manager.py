@@ -76,6 +76,9 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self.checkpoints = self.coordinator.checkpoints
         self.admission = self._admission()
         self.victims = Victims() if config.victim == "cheapest" else None
+        geometry = self.geometry
+        self._growing = [group.page_tokens for group in growing(geometry)]
+        self._most_each = len(self._growing) + ceil_div(geometry.block_bytes, geometry.page_bytes)
         #: Tokens computed a second time, after preemptions.
         self.recomputed = 0
         self._computed_before: dict[str, int] = {}
@@ -162,13 +165,12 @@ class AVMPBlockSpaceManager(KVCacheManager):
         """Whether a step might need more than there is.
 
         Args:
-            running: Requests that run.
+            running: Requests that run; each might take a page of every group and a state.
             tokens: That these get slots for at most.
         """
-        groups, geometry = growing(self.geometry), self.geometry
-        pages = sum(running + ceil_div(tokens, group.page_tokens) for group in groups)
-        states = running * ceil_div(geometry.block_bytes, geometry.page_bytes)
-        return self.arena.available(Kind.KV) < pages + states
+        return self.arena.available(Kind.KV) < running * self._most_each + sum(
+            ceil_div(tokens, page_tokens) for page_tokens in self._growing
+        )
 
     def _leave(self, request: Request) -> None:
         """A request's blocks go."""

@@ -79,7 +79,7 @@ class MovePlanMixin(StreamingSessions):
         """Schedule a step and attach what the workers must move before it."""
         manager = self.kv_cache_manager
         manager.admission.step()
-        if manager.victims is not None:
+        if manager.victims is not None and manager.victims.stale:
             running = len(self.running)
             tokens = self.max_num_scheduled_tokens + running * self.num_lookahead_tokens
             if manager.may_fall_short(running, tokens):

@@ -21,20 +21,23 @@ class Victims:
 
     A request is preempted when bytes are short, so what the prefix cache still holds of it is
     about to go, too: all of its tokens count.
+
+    Attributes:
+        stale: Whether somebody has started since the order was made, or computes a prompt.
     """
 
     def __init__(self) -> None:
         #: By request, when it first started. Clocks of clients decide nothing here.
         self._started: dict[str, int] = {}
         self._starts = 0
-        self._stale = False
+        self.stale = False
 
     def admitted(self, request: Request) -> None:
         """A request that waited runs."""
         if request.request_id not in self._started:
             self._started[request.request_id] = self._starts
             self._starts += 1
-        self._stale = True
+        self.stale = True
 
     def left(self, request: Request) -> None:
         """A request's blocks go: it has ended, or waits again."""
@@ -43,11 +46,9 @@ class Victims:
 
     def order(self, running: list[Request]) -> list[Request]:
         """The running requests, the first to preempt last."""
-        if not self._stale or len(running) < 2:
-            return running
         by_name = {request.request_id: request for request in running}
         ordered = predict.order(map(self._candidate, running))
-        self._stale = any(request.is_prefill_chunk for request in running)
+        self.stale = any(request.is_prefill_chunk for request in running)
         return [by_name[candidate.name] for candidate in ordered]
 
     def _candidate(self, request: Request) -> predict.Candidate:
