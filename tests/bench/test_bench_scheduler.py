@@ -219,19 +219,18 @@ def test_admission_and_victims_beside_one_another(tmp_path, capsys):
     arguments = ["--trace", f"{lengths}[:20]*9+{lengths}[:9]", "--model", model, "--rate", "10"]
     arguments += ["--memory", "64MiB", "--max-model-len", "512", "--seeds", "1"]
     arguments += ["--no-prefix-caching"]
-    forecast = "avmp+admission=forecast+victim=cheapest"
-    oracle = "oracle+admission=forecast+victim=cheapest"
-    variants = f"avmp,avmp+growth_tokens=0,{forecast},{oracle}"
-    arguments += ["--variants", variants, "--baseline", "avmp", "--output", str(path)]
+    growth = "avmp+admission=growth+victim=last"
+    variants = f"avmp,{growth},{growth}+growth_tokens=0,oracle"
+    arguments += ["--variants", variants, "--baseline", growth, "--output", str(path)]
     assert main(["bench", "scheduler", *arguments]) == 0
-    assert "ratio to avmp, 95% interval" in capsys.readouterr().out
+    assert f"ratio to {growth}, 95% interval" in capsys.readouterr().out
     counts = json.loads(path.read_text())["counts"]
     del counts["left_out"]
     assert sorted(counts) == sorted(variants.split(","))
     tokens = {tuple(run["output_tokens"] for run in runs) for runs in counts.values()}
     assert len(tokens) == 1
     preemptions = {name: runs[0]["preemptions"] for name, runs in counts.items()}
-    assert preemptions["avmp+growth_tokens=0"] > preemptions[oracle] == 0
+    assert preemptions[f"{growth}+growth_tokens=0"] > preemptions["oracle"] == 0
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,7 @@ def test_verify_by_environment(monkeypatch):
         ),
         (
             {"block_manager": "avmp", "avmp": {"admission": "oracle"}},
-            "option 'admission' = 'oracle': .*'growth' or 'forecast'",
+            "option 'admission' = 'oracle': .*'forecast' or 'growth'",
         ),
         (
             {"block_manager": "avmp", "avmp": {"admission": "forecast", "growth_tokens": 16}},
@@ -161,7 +161,7 @@ def test_verify_by_environment(monkeypatch):
         ),
         (
             {"block_manager": "avmp", "avmp": {"victim": "first"}},
-            "option 'victim' = 'first': .*'last' or 'cheapest'",
+            "option 'victim' = 'first': .*'cheapest' or 'last'",
         ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
         ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),

@@ -44,15 +44,15 @@ class AVMPConfig(BaseModel):
             given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
-        admission: When a request is admitted beside others: if each of those can still grow by
-            ``growth_tokens`` (``growth``), or by what their answers are forecast to need, which is
-            learned from those that ended (``forecast``).
+        admission: When a request is admitted beside others: if those can still grow by what their
+            answers are forecast to need, which is learned from those that ended (``forecast``), or
+            each by ``growth_tokens`` (``growth``).
         growth_tokens: With ``admission: growth``, so many tokens, so that admissions do not end in
             preemptions.
         forecast_risk: With ``admission: forecast``, room is kept for the mean need and so many
             standard deviations.
-        victim: Whom vLLM preempts when bytes are short: the request that was admitted last
-            (``last``), or the one with the fewest tokens to compute again (``cheapest``).
+        victim: Whom vLLM preempts when bytes are short: the request with the fewest tokens to
+            compute again (``cheapest``), or the one that was admitted last (``last``).
         cut_tokens: With prefix caching, a prompt is cut to keep a state in the middle of it only
             if that is expected to spare later prompts at least so many tokens; about what can be
             computed in the time of one more step.
@@ -69,10 +69,10 @@ class AVMPConfig(BaseModel):
     page_tokens: int | None = Field(default=None, ge=1)
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
-    admission: Literal["growth", "forecast"] = "growth"
+    admission: Literal["forecast", "growth"] = "forecast"
     growth_tokens: int = Field(default=64, ge=0)
     forecast_risk: float = Field(default=1.25, ge=0, allow_inf_nan=False)
-    victim: Literal["last", "cheapest"] = "last"
+    victim: Literal["cheapest", "last"] = "cheapest"
     cut_tokens: int = Field(default=400, ge=0)
     answer_tokens: int = Field(default=64, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
