@@ -147,6 +147,8 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "new_computed_blocks",
         "num_lookahead_tokens",
         "num_external_computed_tokens",
+        "*",
+        "has_scheduled_reqs",
     ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.free": ("self", "request"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.pop_blocks_for_free": ("self", "request"),

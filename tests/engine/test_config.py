@@ -147,6 +147,26 @@ def test_verify_by_environment(monkeypatch):
             {"block_manager": "avmp", "avmp": {"kernels": "fast"}},
             "option 'kernels' = 'fast': .*'auto', 'resolved' or 'handles'",
         ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "oracle"}},
+            "option 'admission' = 'oracle': .*'forecast' or 'growth'",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "forecast", "growth_tokens": 16}},
+            "option 'growth_tokens' = 16 does nothing with admission: forecast; .* growth$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "growth", "forecast_risk": 1.0}},
+            "option 'forecast_risk' = 1.0 does nothing with admission: growth; .* forecast$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"forecast_risk": -0.5}},
+            "option 'forecast_risk' = -0.5: .*greater than or equal to 0",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"victim": "first"}},
+            "option 'victim' = 'first': .*'cheapest' or 'last'",
+        ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
         (
             {"block_manager": "avmp", "avmp": {"memory": "contiguous"}},

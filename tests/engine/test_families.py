@@ -73,6 +73,7 @@ def serving(checkpoints: Checkpoints, name: str, **options: Any) -> Iterator[Any
     avmp = {
         "checkpoint_tokens": 128,
         "migration_batch": 8,
+        "admission": "growth",
         "growth_tokens": 0,
         **options.pop("avmp", {}),
     }

@@ -66,6 +66,7 @@ class Driver:
         scheduler: Which of the two schedulers.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
+        options: More of AVMP's options, and others in the place of ``growth``.
         checkpoints: Whether the layers save a state in the middle of a prefill, as Mamba-2 on CUDA.
         anywhere: Whether they save states at any position of it, as Mamba-1 on the CPU.
         retention: ``--prefix-cache-retention-interval``.
@@ -84,6 +85,7 @@ class Driver:
         scheduler: type = AVMPScheduler,
         batch: int = 1,
         growth: int = 64,
+        options: dict[str, Any] | None = None,
         checkpoints: bool = False,
         anywhere: bool = False,
         retention: int | None = 0,
@@ -107,9 +109,12 @@ class Driver:
                 "block_manager": "avmp",
                 "avmp": {
                     "migration_batch": batch,
-                    "growth_tokens": growth,
                     "cut_tokens": 0,
                     "verify": True,
+                    **(
+                        options
+                        or {"admission": "growth", "growth_tokens": growth, "victim": "last"}
+                    ),
                 },
             },
         ).create_engine_config()
@@ -181,13 +186,17 @@ class Driver:
         requests = self.scheduler.requests
         # A step that computed a request's last known token is followed by a new one.
         tokens = [
-            [len(name)] if requests[name].num_computed_tokens >= requests[name].num_tokens else []
-            for name in output.num_scheduled_tokens
+            [self.sampled(each)] if each.num_computed_tokens >= each.num_tokens else []
+            for each in map(requests.__getitem__, output.num_scheduled_tokens)
         ]
         self._running.append((output, tokens))
         if len(self._running) > self._ahead or not tokens:
             self._finish(*self._running.popleft())
         return output
+
+    def sampled(self, request: Request) -> int:
+        """The token that a request gets next."""
+        return len(request.request_id)
 
     def check_hit(self, request: Request, tokens: int) -> None:
         """A prefix hit has the pages of its prefix, in every table with a slot for each token."""

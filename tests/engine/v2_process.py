@@ -85,6 +85,7 @@ def workload(name: str, model: str, **options: Any) -> Iterator[Any]:
     avmp = {
         "checkpoint_tokens": 128,
         "migration_batch": 8,
+        "admission": "growth",
         "growth_tokens": 0,
         **options.pop("avmp", {}),
     }
@@ -637,7 +638,13 @@ def scenarios(
         "offloading": lambda: offloading(jamba),
         "drafts_stock": lambda: drafting(short_granite, None),
         "drafts": lambda: drafting(
-            short_granite, {"checkpoint_tokens": 128, "growth_tokens": 0, "migration_batch": 8}
+            short_granite,
+            {
+                "checkpoint_tokens": 128,
+                "admission": "growth",
+                "growth_tokens": 0,
+                "migration_batch": 8,
+            },
         ),
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),

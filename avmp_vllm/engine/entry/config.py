@@ -21,6 +21,8 @@ SELECTED = "AVMP_BLOCK_MANAGER"
 
 #: The method of ``LLM.collective_rpc`` that the engine core answers.
 MEMORY_METHOD = "avmp_memory"
+#: Options that mean something with one kind of admission alone.
+OF_ADMISSION = {"growth_tokens": "growth", "forecast_risk": "forecast"}
 
 #: Options that are gone, and what to do instead.
 REPLACED = {
@@ -53,8 +55,15 @@ class AVMPConfig(BaseModel):
             given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
-        growth_tokens: A request is admitted beside others only if each of those can still grow by
-            so many tokens, so that admissions do not end in preemptions.
+        admission: When a request is admitted beside others: if those can still grow by what their
+            answers are forecast to need, which is learned from those that ended (``forecast``), or
+            each by ``growth_tokens`` (``growth``).
+        growth_tokens: With ``admission: growth``, so many tokens, so that admissions do not end in
+            preemptions.
+        forecast_risk: With ``admission: forecast``, room is kept for the mean need and so many
+            standard deviations.
+        victim: Whom vLLM preempts when bytes are short: the request with the fewest tokens to
+            compute again (``cheapest``), or the one that was admitted last (``last``).
         cut_tokens: With prefix caching, a prompt is cut to keep a state in the middle of it only
             if that is expected to spare later prompts at least so many tokens; about what can be
             computed in the time of one more step.
@@ -82,7 +91,10 @@ class AVMPConfig(BaseModel):
     page_tokens: int | None = Field(default=None, ge=1)
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
+    admission: Literal["forecast", "growth"] = "forecast"
     growth_tokens: int = Field(default=64, ge=0)
+    forecast_risk: float = Field(default=1.25, ge=0, allow_inf_nan=False)
+    victim: Literal["cheapest", "last"] = "cheapest"
     cut_tokens: int = Field(default=400, ge=0)
     answer_tokens: int = Field(default=64, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
@@ -117,6 +129,14 @@ class AVMPConfig(BaseModel):
                 raise ConfigError(
                     f'additional_config["avmp"]: option {option!r} = {given} needs '
                     "memory: elastic; set that, or leave it out"
+                )
+        for key, admission in OF_ADMISSION.items():
+            given = getattr(config, key)
+            # What is read may be what was written from options that were read before.
+            if config.admission != admission and given != cls.model_fields[key].default:
+                raise ConfigError(
+                    f'additional_config["avmp"]: option {key!r} = {given} does nothing with '
+                    f"admission: {config.admission}; leave it out, or set admission: {admission}"
                 )
         if os.environ.get("AVMP_VERIFY", "") not in ("", "0"):
             config = config.model_copy(update={"verify": True})

@@ -13,6 +13,8 @@ from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import state_spec
+from avmp_vllm.engine.scheduler.admission import ForecastAdmission, GrowthAdmission, growing
 from avmp_vllm.engine.scheduler.coordinator import (
     AVMPCoordinator,
     AVMPCoordinatorNoPrefixCache,
@@ -20,6 +22,8 @@ from avmp_vllm.engine.scheduler.coordinator import (
 )
 from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.state_manager import StateManager
+from avmp_vllm.engine.scheduler.victims import Victims
+from avmp_vllm.predict import LengthForecaster
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
@@ -86,19 +90,39 @@ class AVMPBlockSpaceManager(KVCacheManager):
             if self.enable_caching
             else 0
         )
-        # A ring does not grow.
-        self._growth_pages = sum(
-            ceil_div(config.growth_tokens, group.page_tokens)
-            for group in self.geometry.groups
-            if group.most != 1
-        )
-        self._holders = self.coordinator.single_type_managers[
+        self._held = self.coordinator.single_type_managers[
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks
         self.checkpoints = self.coordinator.checkpoints
+        self.admission = self._admission()
+        self.victims = Victims() if config.victim == "cheapest" else None
+        geometry = self.geometry
+        self._growing = [group.page_tokens for group in growing(geometry)]
+        self._most_each = len(self._growing) + ceil_div(geometry.block_bytes, geometry.page_bytes)
+        #: Tokens computed a second time, after preemptions.
+        self.recomputed = 0
+        self._computed_before: dict[str, int] = {}
         self._plans = 0
         self._copies: list[Copy] = []
         self._saves: list[Save] = []
+
+    def _admission(self) -> GrowthAdmission:
+        """What decides how much room newcomers leave."""
+        config = self.config
+        if config.admission == "growth":
+            return GrowthAdmission(self.geometry, config.growth_tokens, self._held)
+        return ForecastAdmission(
+            LengthForecaster(self.max_model_len),
+            self.geometry,
+            self.states_each,
+            config.forecast_risk,
+            self._held,
+        )
+
+    @property
+    def states_each(self) -> int:
+        """Blocks of states that a running request holds."""
+        return 1 + state_spec(self.kv_cache_config).num_speculative_blocks
 
     @property
     def geometry(self) -> Geometry:
@@ -122,28 +146,30 @@ class AVMPBlockSpaceManager(KVCacheManager):
         num_lookahead_tokens: int = 0,
         num_external_computed_tokens: int = 0,
         *args: Any,
+        has_scheduled_reqs: bool = True,
         **kwargs: Any,
     ) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.
 
-        vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
-        request no slack to grow into, so the watermark here has room for those that run: without it
-        the last page would go to a newcomer, and the next token of anybody else would preempt.
+        vLLM keeps a watermark free when it admits a request beside others. Here it has room for
+        what those may still need.
         """
-        growth = self._watermark + len(self._holders) * self._growth_pages
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        hit = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens
+        growth = self._watermark
+        if waits and has_scheduled_reqs:
+            room = self.admission.room(request)
+            if room is None:
+                return None
+            growth += room
         self.watermark_blocks = growth + self._move_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
         if self.memory is not None:
             # One more: vLLM counts in whole pages what a state takes of the others' bytes.
-            waits = request.status != RequestStatus.RUNNING
             self.memory.headroom = self.watermark_blocks + 1 if waits else 0
         if num_external_computed_tokens and new_computed_blocks is not None:
-            new_computed_blocks = self._continued_from_outside(
-                request,
-                new_computed_blocks,
-                num_new_computed_tokens + num_external_computed_tokens,
-            )
+            new_computed_blocks = self._continued_from_outside(request, new_computed_blocks, hit)
         allocate = partial(
             super().allocate_slots,
             request,
@@ -153,24 +179,28 @@ class AVMPBlockSpaceManager(KVCacheManager):
             num_lookahead_tokens,
             num_external_computed_tokens,
             *args,
+            has_scheduled_reqs=has_scheduled_reqs,
             **kwargs,
         )
         blocks = allocate()
-        if blocks is None and self._may_do_without_move(request, growth):
+        if blocks is None and waits and self._may_do_without_move(growth):
             self.watermark_blocks = growth
             if self.memory is not None:
                 self.memory.headroom = growth + 1
             blocks = allocate()
+        if waits and blocks is None:
+            self.admission.refused(request)
+        elif waits:
+            self._admitted(request, hit, hit + num_new_tokens)
         return blocks
 
-    def _may_do_without_move(self, request: Request, growth: int) -> bool:
+    def _may_do_without_move(self, growth: int) -> bool:
         """Whether a newcomer that was refused needs to leave no block for a state that moves.
 
         Where a state is a large part of the arena, one that is kept free is a request less.
         """
         return (
             self.checkpoints is not None
-            and request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
             # A newcomer needs a state of its own.
             and self._available_pages >= growth + self._move_pages > growth
             and not any(
@@ -179,6 +209,13 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 if isinstance(manager, StateManager)
             )
         )
+
+    def _admitted(self, request: Request, hit: int, tokens: int) -> None:
+        """A request that waited runs, or a connector loads what it begins with."""
+        self.admission.admitted(request, hit, tokens)
+        self.recomputed += max(self._computed_before.pop(request.request_id, 0) - hit, 0)
+        if self.victims is not None:
+            self.victims.admitted(request)
 
     @property
     def _available_pages(self) -> int:
@@ -213,16 +250,39 @@ class AVMPBlockSpaceManager(KVCacheManager):
             )
         )
 
-    def free(self, request: Request) -> None:
-        """Free a request's blocks; those that no kept state needs do not stay in the cache."""
+    def preempted(self, request: Request) -> None:
+        """A request is about to lose its blocks to others."""
+        self._computed_before[request.request_id] = request.num_computed_tokens
+
+    def may_fall_short(self, running: int, tokens: int) -> bool:
+        """Whether a step might need more than there is.
+
+        Args:
+            running: Requests that run; each might take a page of every group and a state.
+            tokens: That these get slots for at most.
+        """
+        return self._available_pages < running * self._most_each + sum(
+            ceil_div(tokens, page_tokens) for page_tokens in self._growing
+        )
+
+    def _leave(self, request: Request) -> None:
+        """A request's blocks go."""
         if self.checkpoints is not None:
             self.checkpoints.leave(request.request_id)
+        self.admission.left(request)
+        if self.victims is not None:
+            self.victims.left(request)
+        if request.is_finished():
+            self._computed_before.pop(request.request_id, None)
+
+    def free(self, request: Request) -> None:
+        """Free a request's blocks; those that no kept state needs do not stay in the cache."""
+        self._leave(request)
         super().free(request)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """Take a request's blocks, which the caller frees later."""
-        if self.checkpoints is not None:
-            self.checkpoints.leave(request.request_id)
+        self._leave(request)
         return super().pop_blocks_for_free(request)
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:

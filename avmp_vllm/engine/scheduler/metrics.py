@@ -20,6 +20,7 @@ from avmp_vllm.core.keeper import Origin
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.message import CALLS, WorkerMemory
 from avmp_vllm.engine.scheduler.state_manager import COPY_CAUSES, StateManager
+from avmp_vllm.predict.score import SHARES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,6 +41,8 @@ SERIES: dict[str, tuple[str, ...]] = {
     "state": tuple(origin.value for origin in Origin),
     "cause": COPY_CAUSES,
     "call": CALLS,
+    "share": tuple(f"{share:g}" for share in SHARES),
+    "forecast": ("mixture", "general"),
     "": ("",),
 }
 
@@ -148,6 +151,12 @@ GAUGES: tuple[Metric, ...] = (
         "Chunks of memory that exist.",
         lambda m: m.exists // m.elastic.chunk_bytes,
     ),
+    Metric(
+        "reserve_pages",
+        "KV pages that the latest newcomer had to leave free for those that run.",
+        "",
+        lambda manager: [manager.admission.reserve],
+    ),
 )
 COUNTERS: tuple[Metric, ...] = (
     _arena(
@@ -195,6 +204,36 @@ COUNTERS: tuple[Metric, ...] = (
     _worker("driver_calls", "Calls of the memory driver.", lambda w: w.calls, "call"),
     _worker("memory_given_back_bytes", "Bytes given back.", lambda w: [w.given_back]),
     _worker("memory_fence_waits", "Steps that waited for memory.", lambda w: [w.fence_waits]),
+    Metric(
+        "admission_refusals",
+        "Times that a request had to go on waiting for room.",
+        "",
+        lambda manager: [manager.admission.refusals],
+    ),
+    Metric(
+        "recomputed_tokens",
+        "Tokens that were computed a second time, after preemptions.",
+        "",
+        lambda manager: [manager.recomputed],
+    ),
+    Metric(
+        "forecasts",
+        "Answers that ended by themselves, and whose lengths had been forecast.",
+        "",
+        lambda manager: [manager.admission.score.answers],
+    ),
+    Metric(
+        "forecasts_within",
+        "Of these, answers within the length that a share of them was forecast to stay within.",
+        "share",
+        lambda manager: list(manager.admission.score.within),
+    ),
+    Metric(
+        "forecast_loss",
+        "Log-loss of these forecasts in nats, over octaves of lengths.",
+        "forecast",
+        lambda manager: [manager.admission.score.loss, manager.admission.score.general_loss],
+    ),
 )
 METRICS = GAUGES + COUNTERS
 #: Of an arena that has all of its memory all the time.

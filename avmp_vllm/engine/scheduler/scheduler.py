@@ -36,6 +36,7 @@ class MovePlanMixin(StreamingSessions):
     """What AVMP adds to either of vLLM's schedulers."""
 
     cache_config: CacheConfig
+    running: list[Request]
 
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
@@ -84,14 +85,20 @@ class MovePlanMixin(StreamingSessions):
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
-        memory = self.kv_cache_manager.memory
+        manager = self.kv_cache_manager
+        memory = manager.memory
         if memory is not None:
             memory.begin_step(idle=not self.has_unfinished_requests())
+        manager.admission.step()
+        if manager.victims is not None and manager.victims.stale:
+            running = len(self.running)
+            tokens = self.max_num_scheduled_tokens + running * self.num_lookahead_tokens
+            if manager.may_fall_short(running, tokens):
+                self.running = manager.victims.order(self.running)
         output = super().schedule(*args, **kwargs)
         idle = not (output.num_scheduled_tokens or self.running or self.loading())
         if idle and self.has_unfinished_requests():
             self.release_paused()  # somebody waits for their blocks; the next step has them
-        manager = self.kv_cache_manager
         plan = manager.take_move_plan(output.new_block_ids_to_zero)
         # Both lists name handles; the plan has them as physical pages, in the right order.
         output.new_block_ids_to_zero = None
@@ -164,6 +171,7 @@ class MovePlanMixin(StreamingSessions):
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""
         self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
+        self.kv_cache_manager.preempted(request)
         super()._preempt_request(request, *args, **kwargs)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
