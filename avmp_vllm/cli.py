@@ -25,6 +25,7 @@ COMMANDS: dict[str, Command] = {
     "plan": Command("avmp_vllm.planner.command", "what fits: stock vLLM, a static split, AVMP"),
     "doctor": Command("avmp_vllm.doctor.command", "is this machine, or command line, ready?"),
     "top": Command("avmp_vllm.top.command", "watch a running server's arena"),
+    "memory": Command("avmp_vllm.top.memory", "show and set a running server's memory budget"),
     "tiny-jamba": Command("avmp_vllm.models.tiny_jamba", "write a tiny Jamba checkpoint"),
     "demo": Command("avmp_vllm.demo.run", "serve, replay conversations, compare with stock vLLM"),
     "plot": Command("avmp_vllm.plots.command", "draw a result file of `avmp bench`"),

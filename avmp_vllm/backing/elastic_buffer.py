@@ -26,9 +26,6 @@ from typing import Protocol
 from avmp_vllm.backing.memory import BackingError, OutOfMemory, VirtualMemory
 from avmp_vllm.core.extents import Extents
 
-#: Chunks of a buffer by default: a part of the budget, between these (bytes).
-LEAST_CHUNK, MOST_CHUNK, CHUNKS_OF_BUDGET = 2 << 20, 32 << 20, 256
-
 
 class BudgetExceeded(BackingError):
     """A step needs more chunks than the budget has. Nothing changed."""
@@ -76,12 +73,6 @@ class BackingStatistics:
     given_back: int = 0
     fence_waits: int = 0
     regained: int = 0
-
-
-def default_chunk_bytes(budget: int, granularity: int) -> int:
-    """Bytes of a chunk for a budget, a multiple of the granularity."""
-    chunk = min(max(budget // CHUNKS_OF_BUDGET, LEAST_CHUNK), MOST_CHUNK)
-    return max(chunk // granularity, 1) * granularity
 
 
 def runs(chunks: Iterable[int]) -> Iterator[tuple[int, int]]:

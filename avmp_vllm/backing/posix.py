@@ -85,14 +85,15 @@ class AnonymousMemory(PosixMemory):
 
     Args:
         limit: Bytes that may be created in all; None: what the system has.
+        huge: Whether to ask for huge pages, whose size is then the granularity.
     """
 
     name = "POSIX, anonymous"
     aliases = False
 
-    def __init__(self, limit: int | None = None) -> None:
+    def __init__(self, limit: int | None = None, huge: bool = True) -> None:
         super().__init__(limit)
-        self.granularity = huge_page_bytes()
+        self.granularity = huge_page_bytes() if huge else mmap.PAGESIZE
         self._home: dict[int, tuple[int, int]] = {}
         self._released: set[int] = set()
 

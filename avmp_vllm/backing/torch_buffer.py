@@ -58,3 +58,9 @@ class TorchBuffer:
             words[page(Kind.KV, index)] = 0
         for copy in plan.copies:
             words[page(copy.kind, copy.target)] = words[page(copy.kind, copy.source)]
+
+
+def bytes_behind(cache: torch.Tensor) -> torch.Tensor:
+    """The whole buffer that a layer's cache is a view of, as flat uint8."""
+    storage = cache.untyped_storage()
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

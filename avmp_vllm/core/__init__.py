@@ -14,9 +14,13 @@ plan           what a worker must do to the bytes before its next forward pass
 integrity      every invariant of an arena, checked
 statistics     counters
 prefix_tree    the prefixes that are kept: states, and the pages that they need
+hazards        rates of reuse by age: counts, what is thought of them, what follows
+recent         what was learned lately, and whether it contradicts what was learned before
 reuse          how soon a state is used again, learned from what has been used
 keeper         which states are worth their bytes: what is made, and what goes first
 tables         which layers share a block table, and how wide a page of several tables is
+transfers      pages that something else reads or writes, and what must wait for it
+host_cache     pages and states on the host, in the same rows
 caches         what a model's layers keep, and the arena that holds it
 capacity       how much fits into the same bytes, by stock vLLM's plan and others
 stock          stock vLLM's plan for layers of several layouts

@@ -131,6 +131,11 @@ class Arena:
         band = self._bands[kind]
         return band.capacity - band.free - len(self._cached[kind])
 
+    def held(self, kind: Kind) -> int:
+        """Referenced and cached pages of a pool."""
+        band = self._bands[kind]
+        return band.capacity - band.free
+
     @property
     def gap_bytes(self) -> int:
         """Bytes between the bands."""

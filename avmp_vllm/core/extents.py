@@ -15,6 +15,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+#: Chunks of an arena by default: a part of the budget, between these (bytes).
+LEAST_CHUNK, MOST_CHUNK, CHUNKS_OF_BUDGET = 2 << 20, 32 << 20, 256
+
+
+def default_chunk_bytes(budget: int, granularity: int = LEAST_CHUNK) -> int:
+    """Bytes of a chunk for a budget, a multiple of the driver's granularity."""
+    chunk = min(max(budget // CHUNKS_OF_BUDGET, LEAST_CHUNK), MOST_CHUNK)
+    return max(chunk // granularity, 1) * granularity
+
 
 def reserve_for(high_end: int, budget: int, chunk_bytes: int) -> int:
     """The least gap that keeps an arena within a budget, wherever the gap lies (bytes).
@@ -31,6 +40,18 @@ def reserve_for(high_end: int, budget: int, chunk_bytes: int) -> int:
     if budget >= whole:
         return 0
     return whole - budget + chunk_bytes - 1
+
+
+def budget_for(high_end: int, gap: int, chunk_bytes: int) -> int:
+    """The least budget, in whole chunks, whose reserve a gap leaves; `reserve_for` turned round.
+
+    Args:
+        high_end: End of the KV view.
+        gap: Bytes of the gap; negative if what is asked does not fit at all.
+        chunk_bytes: Bytes that are backed at a time.
+    """
+    whole = -(-high_end // chunk_bytes) * chunk_bytes
+    return whole - max((gap + 1) // chunk_bytes - 1, 0) * chunk_bytes
 
 
 def backed_bytes(extents: Extents, high_end: int, chunk_bytes: int) -> int:

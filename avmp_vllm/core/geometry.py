@@ -188,39 +188,50 @@ class Geometry:
             pages += group.pages_for(tokens)
         return pages
 
-    def longest(self, blocks_each: int = 1) -> int:
+    def longest(self, blocks_each: int = 1, reserve: int = 0) -> int:
         """Tokens of the longest request that fits alone.
 
         Args:
             blocks_each: SSM blocks that it holds.
+            reserve: Least bytes of the gap.
         """
-        pages = max(self.pages_beside(blocks_each), 0)
+        pages = max(self.pages_beside(blocks_each, reserve), 0)
         return bisect_right(range(pages * self.page_tokens + 1), pages, key=self.pages_for) - 1
 
-    def sequences(self, tokens: int, blocks_each: int = 1) -> int:
+    def usable_bytes(self, reserve: int = 0) -> int:
+        """Bytes that pages and blocks can have, above the null bytes and beside a gap."""
+        return self.high_end - self.null_end - reserve
+
+    def sequences(self, tokens: int, blocks_each: int = 1, reserve: int = 0) -> int:
         """How many sequences of so many tokens fit together.
 
         Args:
             tokens: Length of each sequence.
             blocks_each: SSM blocks that each holds.
+            reserve: Least bytes of the gap.
         """
-        usable = max(self.high_end - self.null_end, 0)
+        usable = max(self.usable_bytes(reserve), 0)
         return usable // self._sequence_bytes(tokens, blocks_each)
 
-    def concurrency(self, tokens: int, blocks_each: int = 1) -> float:
+    def concurrency(self, tokens: int, blocks_each: int = 1, reserve: int = 0) -> float:
         """The same without rounding."""
-        return (self.high_end - self.null_end) / self._sequence_bytes(tokens, blocks_each)
+        return self.usable_bytes(reserve) / self._sequence_bytes(tokens, blocks_each)
 
     def _sequence_bytes(self, tokens: int, blocks_each: int) -> int:
         return self.pages_for(tokens) * self.page_bytes + blocks_each * self.block_bytes
 
-    def require_one_request(self, tokens: int, blocks_each: int = 1) -> None:
+    def require_one_request(self, tokens: int, blocks_each: int = 1, reserve: int = 0) -> None:
         """Refuse an arena that cannot hold one request of so many tokens.
+
+        Args:
+            tokens: Length of the request.
+            blocks_each: SSM blocks that it holds.
+            reserve: Least bytes of the gap.
 
         Raises:
             ArenaTooSmall: With the bytes needed, the bytes there are, and the longest that fits.
         """
-        if self.fits(self.pages_for(tokens), blocks_each):
+        if self.fits(self.pages_for(tokens), blocks_each, reserve):
             return
         fixed = (self.null_blocks + blocks_each) * self.block_bytes
         # Whole KV pages count from byte 0, so what else there is takes whole ones too.
@@ -228,7 +239,9 @@ class Geometry:
         raise ArenaTooSmall(
             f"a request of max_model_len={tokens} tokens needs {needed} bytes "
             f"({self.pages_for(tokens)} KV pages, {blocks_each} SSM block(s) and the null bytes) "
-            f"but the arena has {self.arena_bytes}: raise --kv-cache-memory-bytes or "
-            f"--gpu-memory-utilization, or set --max-model-len to at most "
-            f"{self.longest(blocks_each)}"
+            f"but the arena has {self.arena_bytes}"
+            + (f", of which {reserve} get no memory" if reserve else "")
+            + ": raise --kv-cache-memory-bytes or --gpu-memory-utilization, or "
+            + ("'budget', or " if reserve else "")
+            + f"set --max-model-len to at most {self.longest(blocks_each, reserve)}"
         )

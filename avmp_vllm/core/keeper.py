@@ -14,8 +14,9 @@ from collections.abc import Container, Hashable
 from dataclasses import dataclass
 from enum import Enum
 
+from avmp_vllm.core.hazards import EDGES, bin_of
 from avmp_vllm.core.prefix_tree import Node, PrefixTree
-from avmp_vllm.core.reuse import EDGES, Class, ReuseRates, bin_of
+from avmp_vllm.core.reuse import Class, ReuseRates
 
 #: Tokens before a prompt's last page at which another state may be kept, for prompts that repeat
 #: all but their last message.

@@ -101,12 +101,12 @@ class PipelineGeometry(Geometry):
     def blocks_beside(self, pages: int, reserve: int = 0) -> int:
         return min(stage.blocks_beside(pages, reserve) for stage in self.stages)
 
-    def sequences(self, tokens: int, blocks_each: int = 1) -> int:
-        return min(stage.sequences(tokens, blocks_each) for stage in self.stages)
+    def sequences(self, tokens: int, blocks_each: int = 1, reserve: int = 0) -> int:
+        return min(stage.sequences(tokens, blocks_each, reserve) for stage in self.stages)
 
-    def concurrency(self, tokens: int, blocks_each: int = 1) -> float:
-        return min(stage.concurrency(tokens, blocks_each) for stage in self.stages)
+    def concurrency(self, tokens: int, blocks_each: int = 1, reserve: int = 0) -> float:
+        return min(stage.concurrency(tokens, blocks_each, reserve) for stage in self.stages)
 
-    def require_one_request(self, tokens: int, blocks_each: int = 1) -> None:
-        tightest = min(self.stages, key=lambda stage: stage.longest(blocks_each))
-        tightest.require_one_request(tokens, blocks_each)
+    def require_one_request(self, tokens: int, blocks_each: int = 1, reserve: int = 0) -> None:
+        tightest = min(self.stages, key=lambda stage: stage.longest(blocks_each, reserve))
+        tightest.require_one_request(tokens, blocks_each, reserve)

@@ -29,7 +29,9 @@ def all_seams(minor: str) -> tuple[Seam, ...]:
     """Every seam that a minor release of vLLM has."""
     from avmp_vllm.engine.entry import seams
 
-    return seams.of((*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2), minor)
+    return seams.of(
+        (*seams.SELECTION, *seams.ENGINE, *seams.API, *seams.RUNNER_V1, *seams.RUNNER_V2), minor
+    )
 
 
 def relied_on(minor: str) -> dict[str, tuple[str, ...]]:

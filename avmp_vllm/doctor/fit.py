@@ -41,7 +41,7 @@ def check_fit(vllm_config: VllmConfig) -> Iterator[Check]:
     """What fits, and whether one request of the longest length does."""
     from avmp_vllm.core import ArenaTooSmall
     from avmp_vllm.engine.entry.config import ConfigError
-    from avmp_vllm.engine.layout.arena import arena_config
+    from avmp_vllm.engine.layout.arena import config_for
     from avmp_vllm.engine.layout.limits import fit_model_len, refuse_drafts
 
     drafts = vllm_config.speculative_config
@@ -59,7 +59,7 @@ def check_fit(vllm_config: VllmConfig) -> Iterator[Check]:
         if memory.cache <= 0:
             return
         refuse_drafts(vllm_config, layers.specs)
-        config = arena_config(vllm_config, layers.specs, memory.cache)
+        config = config_for(vllm_config, layers.specs, memory.cache)
         yield _page_sizes(config)
         fit_model_len(vllm_config, config)
         yield from _sequences(vllm_config, config)
@@ -175,7 +175,7 @@ def _sequences(vllm_config: VllmConfig, config: AVMPCacheConfig) -> Iterator[Che
     stock = capacity.plan_stock(vllm_config, config)
     longest = vllm_config.model_config.max_model_len
     for tokens in dict.fromkeys(min(length, longest) for length in (256, 4096, longest)):
-        fit = geometry.sequences(tokens, states)
+        fit = geometry.sequences(tokens, states, config.reserve)
         of_stock = stock.sequences(tokens) if stock else None
         yield ok(
             "fits",

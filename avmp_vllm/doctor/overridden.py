@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+_CONNECTOR = "vllm.distributed.kv_transfer.kv_connector.v1"
+
 #: Where each is, and the parameters relied on: by place up to a ``*``, by name behind it.
 OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.core.block_pool:BlockPool.__init__": (
@@ -129,7 +131,25 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
         "metrics_collector",
         "watermark",
     ),
-    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": ("self", "request"),
+    "vllm.v1.core.kv_cache_coordinator:KVCacheCoordinator.allocate_new_computed_blocks": (
+        "self",
+        "request_id",
+        "new_computed_blocks",
+        "num_local_computed_tokens",
+        "num_external_computed_tokens",
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler._update_waiting_for_remote_kv": ("self", "request"),
+    "vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": (
+        "self",
+        "request",
+        "num_new_tokens",
+        "num_new_computed_tokens",
+        "new_computed_blocks",
+        "num_lookahead_tokens",
+        "num_external_computed_tokens",
+        "*",
+        "has_scheduled_reqs",
+    ),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.free": ("self", "request"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.pop_blocks_for_free": ("self", "request"),
     "vllm.v1.core.kv_cache_manager:KVCacheManager.take_events": ("self",),
@@ -181,7 +201,14 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_minimal_kv_cache_for_profiling": (
         "self",
     ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.shutdown": ("self",),
     "vllm.v1.worker.gpu_worker:Worker._make_model_runner": ("self",),
+    "vllm.v1.worker.gpu_worker:Worker.sleep": ("self", "level"),
+    "vllm.v1.worker.gpu_worker:Worker.discard": ("self", "tags"),
+    "vllm.v1.worker.gpu_worker:Worker.wake_up": ("self", "tags"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.sleep": ("self", "level"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.discard": ("self", "tags"),
+    "vllm.v1.worker.cpu_worker:CPUWorker.wake_up": ("self", "tags"),
     "vllm.v1.worker.gpu.model_runner:GPUModelRunner.initialize_kv_cache": (
         "self",
         "kv_cache_config",
@@ -358,5 +385,82 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.model_executor.layers.mamba.mamba_mixer2:MambaMixer2.get_kv_cache_spec": (
         "self",
         "vllm_config",
+    ),
+    f"{_CONNECTOR}.base:KVConnectorBase_V1.bind_kv_cache_manager": (
+        "self",
+        "kv_cache_manager",
+    ),
+    f"{_CONNECTOR}.base:KVConnectorBase_V1.get_transfer_results": (
+        "self",
+        "finished_req_ids",
+    ),
+    f"{_CONNECTOR}.offloading.common:OffloadingWorkerMetadata.aggregate": (
+        "self",
+        "other",
+    ),
+    f"{_CONNECTOR}.offloading.worker:OffloadingConnectorWorker.build_connector_worker_meta": (
+        "self",
+    ),
+    f"{_CONNECTOR}.offloading.worker:OffloadingConnectorWorker.register_kv_caches": (
+        "self",
+        "kv_caches",
+    ),
+    f"{_CONNECTOR}.offloading_connector:OffloadingConnector.__init__": (
+        "self",
+        "vllm_config",
+        "role",
+        "kv_cache_config",
+    ),
+    f"{_CONNECTOR}.offloading_connector:OffloadingConnector.update_connector_output": (
+        "self",
+        "connector_output",
+    ),
+    f"{_CONNECTOR}.offloading_connector:OffloadingConnector.update_state_after_alloc": (
+        "self",
+        "request",
+        "blocks",
+        "num_external_tokens",
+    ),
+    "vllm.v1.kv_offload.base:OffloadingManager.complete_load": ("self", "keys", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.complete_store": (
+        "self",
+        "keys",
+        "req_context",
+        "success",
+    ),
+    "vllm.v1.kv_offload.base:OffloadingManager.get_load_source": ("self", "key", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.get_stats": ("self",),
+    "vllm.v1.kv_offload.base:OffloadingManager.lookup": ("self", "key", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.on_new_request": ("self", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.on_request_finished": ("self", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.prepare_load": ("self", "keys", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.prepare_store": ("self", "keys", "req_context"),
+    "vllm.v1.kv_offload.base:OffloadingManager.reset_cache": ("self",),
+    "vllm.v1.kv_offload.base:OffloadingManager.take_events": ("self",),
+    "vllm.v1.kv_offload.base:OffloadingSpec.__init__": ("self", "config"),
+    "vllm.v1.kv_offload.base:OffloadingSpec.get_manager": ("self",),
+    "vllm.v1.kv_offload.base:OffloadingSpec.get_worker": ("self", "kv_caches"),
+    "vllm.v1.kv_offload.base:OffloadingWorker.get_finished": ("self",),
+    "vllm.v1.kv_offload.base:OffloadingWorker.shutdown": ("self",),
+    "vllm.v1.kv_offload.base:OffloadingWorker.submit_load": (
+        "self",
+        "job_id",
+        "src_spec",
+        "dst_spec",
+    ),
+    "vllm.v1.kv_offload.base:OffloadingWorker.submit_store": (
+        "self",
+        "job_id",
+        "src_spec",
+        "dst_spec",
+    ),
+    "vllm.v1.kv_offload.base:OffloadingWorker.wait": ("self", "job_ids"),
+    "vllm.v1.kv_offload.cpu.gpu_worker:CPUOffloadingWorker.__init__": (
+        "self",
+        "kv_caches",
+        "blocks_per_chunk",
+        "num_cpu_chunks",
+        "mmap_region",
+        "canonical_layout",
     ),
 }

@@ -14,6 +14,8 @@ from rich.table import Table
 
 from avmp_vllm.core import ArenaTooSmall, Kind
 from avmp_vllm.core.capacity import binding_pool
+from avmp_vllm.core.extents import default_chunk_bytes
+from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role
 from avmp_vllm.models import drafts
 from avmp_vllm.models.shapes import ShapeError, read_shape
@@ -322,6 +324,12 @@ def _print(console: Console, plan: Plan, args: argparse.Namespace) -> None:
             f"stock vLLM would log: KV cache size: {logged:,} tokens "
             f"(for {plan.max_model_len:,} tokens a request)"
         )
+    chunk = default_chunk_bytes(plan.geometry.arena_bytes)
+    rest = ceil_div(plan.geometry.null_bytes, chunk) * chunk
+    console.print(
+        f"with memory: elastic the same fits, in chunks of {chunk:,} bytes; at rest with an empty "
+        f"prefix cache {rest:,} bytes have memory instead of {plan.geometry.arena_bytes:,}"
+    )
     usable = plan.geometry.longest(0)
     console.print(
         f"AVMP at most: {usable:,} tokens if no state is live; no split is fixed, "

@@ -6,7 +6,8 @@ hazards       rows of events and exposure, with forgetting: the survival model
 features      prompt length, previous answer and turn as ladders of rows
 conversations which conversation a prompt goes on with, by the hashes of its prefix
 mixture       weights of the rows' forecasts by their past log-loss
-forecaster    ``LengthForecaster``: the five above behind four calls
+score         how good the forecasts were that came true
+forecaster    ``LengthForecaster``: the six above behind four calls
 reserve       ``RunningSet``: pages that running requests may still need
 admission     ``Admission``: whether a waiting request may start
 victims       ``order``: running requests by what preempting them would cost
@@ -20,16 +21,17 @@ for bit. An engine makes these calls (``F`` a ``LengthForecaster``, ``R`` a ``Ru
 arrival
     ``forecast = F.arrive(prompt tokens, hashes of the prompt's full blocks)``, once a request.
 it waits, and is next
-    ``A.admits(name, tokens to compute again if preempted, pages that it takes, pages available)``;
-    or ``A.reserve(tokens)`` alone, where something else compares. Not for requests that run.
+    ``A.stands(name)`` if an earlier refusal stands; else ``A.reserve()``, the pages that must stay
+    free, and ``A.refused(name)`` if they would not. Not for requests that run.
 it starts, or goes on after a preemption
     ``R.add(name, forecast, prompt tokens, generated, computed, shared pages)``.
 a chunk of its prompt was scheduled
     ``R.computed(name, tokens)``.
 first token, and each step
     ``R.advance()`` where every request got one token, ``R.advance(names)`` where some did,
-    ``R.generated(name, tokens)`` where several came at once. ``A.step()`` once a step. Where a
-    request has reached ``forecast.next_progress`` tokens: ``F.progress(forecast, generated)``.
+    ``R.generated(name, tokens)`` where several came at once; or, before the next ``A.reserve``,
+    ``R.generated_by`` for all. ``A.step()`` once a step. Where a request has reached
+    ``forecast.next_progress`` tokens: ``F.progress(forecast, generated)``.
 it ended by itself
     ``F.finish(forecast, generated, hashes)``, ``R.remove(name)``, ``A.freed()``.
 it was cut off at a limit, or given up
@@ -40,7 +42,7 @@ before a step in which somebody may be preempted
     ``order(candidates)``: vLLM preempts the last of its running requests.
 """
 
-from avmp_vllm.predict.admission import Admission, break_even
+from avmp_vllm.predict.admission import Admission
 from avmp_vllm.predict.bins import LengthBins
 from avmp_vllm.predict.buckets import AdaptiveBuckets, Placement
 from avmp_vllm.predict.forecaster import Forecast, LengthForecaster
@@ -56,7 +58,6 @@ __all__ = [
     "LengthForecaster",
     "Placement",
     "RunningSet",
-    "break_even",
     "order",
     "victim",
 ]

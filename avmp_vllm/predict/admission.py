@@ -1,20 +1,11 @@
-"""How much to keep free when a request is admitted beside others.
+"""How much to keep free when a request is admitted beside others; how long a refusal stands.
 
 A request that is admitted too early may be preempted, which costs computing its tokens again; one
-that waits leaves steps less full than they could be. With ``n`` requests running, a step's fixed
-cost (``ratio``, in prefill tokens) is spread over one more of them for each token that the newcomer
-gets, and what it got must be computed again too, so admitting it pays if it goes on for ``t`` steps
-with
-
-    t * ratio / n > tokens + t        that is        t > tokens * n / (ratio - n)
-
-Shortages beyond that horizon need no reserve. Where ``ratio <= n`` it never pays to be preempted,
-and the horizon has no end.
+that waits leaves steps less full than they could be.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable
 
 from avmp_vllm.predict.reserve import RunningSet
@@ -23,79 +14,44 @@ from avmp_vllm.predict.reserve import RunningSet
 REFUSAL_STEPS = 16
 
 
-def break_even(tokens: int, running: int, ratio: float) -> float:
-    """Steps after which an admitted request has paid for being preempted.
-
-    Args:
-        tokens: That would be computed again.
-        running: Requests that run beside it.
-        ratio: Fixed cost of a step in prefill tokens.
-    """
-    if ratio <= running:
-        return math.inf
-    return tokens * running / (ratio - running)
-
-
 class Admission:
     """Decides whether a waiting request may start.
 
     Args:
         running: The requests that run.
         risk: Standard deviations of their need to be safe by (``forecast_risk``).
-        window: Most tokens to look ahead (``forecast_window``).
-        ratio: Fixed cost of a step in prefill tokens (``recompute_ratio``).
 
     Attributes:
-        refusals: Requests refused, each time that one was.
+        refusals: Times that a request was refused, by a refusal that stood or by a new one.
         reckoned: Times that the reserve was computed.
     """
 
-    def __init__(self, running: RunningSet, risk: float, window: float, ratio: float) -> None:
-        if risk < 0 or window < 0 or ratio <= 0:
-            raise ValueError(f"risk {risk} or window {window} below 0, or ratio {ratio} not above")
+    def __init__(self, running: RunningSet, risk: float) -> None:
+        if risk < 0:
+            raise ValueError(f"risk {risk} is below 0")
         self._running = running
         self._risk = risk
-        self._window = window
-        self._ratio = ratio
         self._refused: Hashable | None = None
-        self._reserve = 0
         self._left = 0
         self.refusals = 0
         self.reckoned = 0
 
-    def reserve(self, tokens: int) -> int:
-        """Pages to leave free when a request starts.
-
-        Args:
-            tokens: Of the request, that would have to be computed again after a preemption.
-        """
+    def reserve(self) -> int:
+        """Pages to leave free for the others when a request starts."""
         self.reckoned += 1
-        horizon = min(break_even(tokens, len(self._running), self._ratio), self._window)
-        return self._running.reserve(self._risk, horizon)
+        return self._running.reserve(self._risk)
 
-    def admits(self, name: Hashable, tokens: int, pages: int, available: int) -> bool:
-        """Whether a request may start now.
-
-        Args:
-            name: Of the request.
-            tokens: Of it, that would have to be computed again after a preemption.
-            pages: That it takes, its states included.
-            available: Free and evictable pages.
-        """
-        if self._refused == name and self._left > 0:
-            self.refusals += 1
+    def stands(self, name: Hashable) -> bool:
+        """Whether a request need not ask again yet, since it was refused and nothing came free."""
+        if self._refused != name or self._left <= 0:
             return False
-        if not len(self._running):  # alone it may have everything
-            self._refused = None
-            return pages <= available
-        if pages > available:
-            fits = False
-        else:
-            self._reserve = self.reserve(tokens)
-            fits = pages + self._reserve <= available
-        self._refused, self._left = (None, 0) if fits else (name, REFUSAL_STEPS)
-        self.refusals += not fits
-        return fits
+        self.refusals += 1
+        return True
+
+    def refused(self, name: Hashable) -> None:
+        """A request did not fit beside the reserve; it need not ask again soon."""
+        self._refused, self._left = name, REFUSAL_STEPS
+        self.refusals += 1
 
     def step(self) -> None:
         """A step was scheduled."""

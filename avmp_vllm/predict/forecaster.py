@@ -6,6 +6,7 @@ randomness, no text, no other model. See the package's docstring for who calls w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -15,15 +16,20 @@ from avmp_vllm.predict.conversations import Conversations
 from avmp_vllm.predict.features import DEPTH, LADDERS, Known, keys
 from avmp_vllm.predict.hazards import HazardTable, Rows
 from avmp_vllm.predict.mixture import Mixture
+from avmp_vllm.predict.score import SHARES, Score
 
 #: Bins from a length to its double.
 PER_OCTAVE = 4
 #: Answers that a row remembers: of all requests one that follows drift at once, one that has seen
 #: much, and one between them, on which the features stand; then of each other row.
 MEMORIES = (50.0, 1000.0, 200.0)
+#: Of these, the one that the score compares with.
+GENERAL = 1
 ROW_MEMORY = 1000.0
 #: A running answer counts as exposure at this length, and at each double of it.
 FIRST_PROGRESS = 16
+#: A limit that an answer reaches with less than this probability is left alone.
+UNLIKELY = 1e-3
 #: Rows of the features' classes that are kept.
 MOST_ROWS = 4096
 
@@ -37,14 +43,30 @@ class Forecast:
         next_progress: Length at which the forecaster wants to hear of it next.
     """
 
-    __slots__ = ("_bins", "_passed", "_reached", "_rows", "curve", "known", "next_progress")
+    __slots__ = (
+        "_bins",
+        "_passed",
+        "_reached",
+        "_rows",
+        "_weights",
+        "curve",
+        "known",
+        "next_progress",
+    )
 
     def __init__(
-        self, bins: LengthBins, known: Known, rows: Rows, curve: Floats, reached: Floats
+        self,
+        bins: LengthBins,
+        known: Known,
+        rows: Rows,
+        curve: Floats,
+        reached: Floats,
+        weights: Floats,
     ) -> None:
         self._bins = bins
         self._rows = rows
         self._reached = reached
+        self._weights = weights
         self._passed = 0
         self.known = known
         self.curve = curve
@@ -54,7 +76,14 @@ class Forecast:
     def of(cls, bins: LengthBins, known: Known, curve: Floats) -> Forecast:
         """A forecast that no forecaster made, and none can learn from."""
         nothing = Rows([], np.zeros(0, dtype=np.intp), 0)
-        return cls(bins, known, nothing, curve, np.zeros((0, 0)))
+        return cls(bins, known, nothing, curve, np.zeros((0, 0)), np.zeros(0))
+
+    def cap(self, limit: int) -> None:
+        """The answer is cut off at ``limit`` tokens, whatever else is known of it."""
+        if self._bins.at(self.curve, limit) < UNLIKELY:
+            return
+        beyond = int(np.searchsorted(self._bins.edges, limit))
+        self.curve = np.append(self.curve[:beyond], np.zeros(len(self.curve) - beyond))
 
     def survival(self, more: int, generated: int = 0) -> float:
         """P(length > generated + more | length > generated)."""
@@ -80,12 +109,12 @@ class LengthForecaster:
 
     Attributes:
         bins: Of the lengths.
-        ended: Answers that were learned from.
+        score: Of the forecasts of answers that were learned from.
     """
 
     def __init__(self, longest: int) -> None:
         self.bins = LengthBins(longest, PER_OCTAVE)
-        self.ended = 0
+        self.score = Score()
         self.conversations = Conversations()
         models = len(MEMORIES) + LADDERS * DEPTH
         self._table = HazardTable(self.bins, MOST_ROWS)
@@ -115,7 +144,8 @@ class LengthForecaster:
         rows = self._table.rows(self._general + keys(known))
         curves = self._curves(rows)
         reached = curves.take(self._mixture.octaves, axis=1)
-        return Forecast(self.bins, known, rows, self._mixture.mean(curves), reached)
+        mixture = self._mixture
+        return Forecast(self.bins, known, rows, mixture.mean(curves), reached, mixture.weights)
 
     def _curves(self, rows: Rows) -> Floats:
         """What each model forecasts, ``[models, edges]``."""
@@ -147,8 +177,15 @@ class LengthForecaster:
         end = self.bins.bin(generated)
         rows = self._table.current(forecast._rows)
         self._table.learn(rows, min(forecast._passed, end), end, self._keep)
-        self._mixture.judge(forecast._reached, generated, ended=True)
-        self.ended += 1
+        probability = self._mixture.judge(forecast._reached, generated, ended=True)
+        score = self.score
+        score.answers += 1
+        score.loss -= math.log(forecast._weights @ probability)
+        score.general_loss -= math.log(probability[GENERAL])
+        # An answer is within a quantile if the length right below it is not beyond.
+        beyond = self.bins.at(forecast.curve, generated - 1)
+        for index, share in enumerate(SHARES):
+            score.within[index] += beyond > 1.0 - share
         self.conversations.note(hashes, generated, forecast.known.turn + 1)
 
     def stop(self, forecast: Forecast, generated: int, hashes: Sequence[Hashable] = ()) -> None:

@@ -44,13 +44,16 @@ class Mixture:
         mixed: Floats = self.weights @ curves
         return mixed
 
-    def judge(self, reached: Floats, length: int, ended: bool) -> None:
+    def judge(self, reached: Floats, length: int, ended: bool) -> Floats:
         """Judge the models by an answer.
 
         Args:
             reached: Each model's curve at the octaves' edges, ``[models, octaves + 1]``.
             length: Of the answer.
             ended: By itself; else all that is known is that it would have gone on.
+
+        Returns:
+            Probability that each model gave to what came, ``[models]``.
         """
         if ended:
             octave = int(np.searchsorted(self.octaves, self._bins.bin(length), side="right")) - 1
@@ -59,7 +62,9 @@ class Mixture:
             passed, _ = self._bins.passed(length)
             octave = int(np.searchsorted(self.octaves, passed, side="right")) - 1
             probability = reached[:, min(octave, len(self.octaves) - 2)]
+        probability = np.maximum(probability, LEAST)
         self._loss *= KEEP
-        self._loss -= np.log(np.maximum(probability, LEAST))
+        self._loss -= np.log(probability)
         weights = np.exp(self._loss.min() - self._loss)
         self.weights = weights / weights.sum()
+        return probability

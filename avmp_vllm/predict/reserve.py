@@ -6,7 +6,7 @@ nothing but what others hold with it. With independent answers the pages held th
 
     mean(t) = sum p(t) * need(t)        var(t) = sum p(t) * (1 - p(t)) * need(t)**2
 
-and the reserve is the largest of ``mean(t) + risk * sqrt(var(t)) - held now`` over the horizon.
+and the reserve is the largest of ``mean(t) + risk * sqrt(var(t)) - held now`` over the window.
 
 A state counts as its bytes in pages. Slots are rows of a few arrays, so that reckoning takes a
 dozen array operations and no loop over the requests.
@@ -15,7 +15,7 @@ dozen array operations and no loop over the requests.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +23,18 @@ from numpy.typing import NDArray
 from avmp_vllm.predict.bins import Floats, LengthBins
 from avmp_vllm.predict.forecaster import Forecast
 
+#: Tokens to look ahead at most. By then most of those that run now have ended.
+WINDOW = 1024
 #: Each horizon looked at is so many times the one before it, or one page more.
 GROWTH = 1.6
 
 
 def pages_ahead(page_tokens: int, window: int) -> list[int]:
     """Pages of growth at which the need is reckoned: none, one, two, then ever further apart.
+
+    Nothing inside of the first page: what is short there is short by a page or two until the next
+    answer ends, and costs one preemption at most. Keeping room for that, too, was tried, and lost
+    more than it spared.
 
     Args:
         page_tokens: Tokens of a page.
@@ -53,7 +59,7 @@ class RunningSet:
     """
 
     def __init__(
-        self, bins: LengthBins, page_tokens: int, state_pages: float, window: int = 4096
+        self, bins: LengthBins, page_tokens: int, state_pages: float, window: int = WINDOW
     ) -> None:
         if page_tokens < 1 or state_pages < 0 or window < 0:
             raise ValueError(f"{page_tokens} tokens, {state_pages} pages, window {window}")
@@ -154,6 +160,20 @@ class RunningSet:
         else:
             self._whole[1, [self._slot_of[name] for name in names]] += tokens
 
+    @property
+    def names(self) -> Sequence[Hashable]:
+        """Names of the requests, in the order that ``generated_by`` wants."""
+        return self._names
+
+    @property
+    def coming(self) -> Iterable[Hashable]:
+        """Names of those whose prompts are not computed yet."""
+        return self._coming
+
+    def generated_by(self, tokens: Sequence[int]) -> None:
+        """What each request has generated, in the order of ``names``."""
+        self._whole[1, : len(self._names)] = tokens
+
     def _pages(self, used: int) -> NDArray[np.int64]:
         """Pages that each request's tokens fill."""
         tokens: NDArray[np.int64] = self._whole[0, :used] + self._whole[1, :used]
@@ -175,22 +195,17 @@ class RunningSet:
         used = len(self._names)
         return float(self._pages(used).sum()) + self._state * used - self._missing()
 
-    def reserve(self, risk: float, horizon: float = math.inf) -> int:
+    def reserve(self, risk: float) -> int:
         """Pages that running requests may need on top of what they hold.
 
         Args:
             risk: Standard deviations to be safe by.
-            horizon: Tokens ahead that matter; at least up to the next page.
         """
         used = len(self._names)
         if not used:
             return 0
-        ahead, more = self._ahead, self._ahead_pages
-        if horizon < ahead[-1]:
-            looked = max(int(np.searchsorted(ahead, horizon, side="right")), 2)
-            ahead, more = ahead[:looked], more[:looked]
         # [horizons, requests] from here on.
-        lengths = np.add.outer(ahead, self._whole[1, :used])
+        lengths = np.add.outer(self._ahead, self._whole[1, :used])
         low = self._bins.below(lengths)
         low += self._offsets[:used]
         alive = self._slope.ravel().take(low)
@@ -198,7 +213,7 @@ class RunningSet:
         alive += self._base.ravel().take(low)
         alive /= np.maximum(alive[0], 1e-12)
         pages = self._pages(used) - self._whole[2, :used]
-        need = np.add.outer(more, pages + self._state)
+        need = np.add.outer(self._ahead_pages, pages + self._state)
         now = float(need[0].sum())
         expected = alive * need
         mean = expected.sum(axis=1)

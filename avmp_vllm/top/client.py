@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import time
 import urllib.request
+from collections.abc import Callable
 from http.client import HTTPException
+from typing import Any
 from urllib.parse import urlsplit
 
 from avmp_vllm.top.reading import AVMP, Page
@@ -16,6 +18,11 @@ _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 class TopError(Exception):
     """What keeps a server from being watched, in one line."""
+
+
+def server_address(url: str) -> str:
+    """Address of a server; ``host:port`` is enough."""
+    return (url if "//" in url else f"http://{url}").rstrip("/").removesuffix("/metrics")
 
 
 def metrics_address(url: str) -> str:
@@ -31,9 +38,8 @@ def fetch(address: str) -> Page:
         TopError: There is none, or it is not of a server that AVMP serves.
     """
     server = address.removesuffix("/metrics")
-    opener = _NO_PROXY.open if _is_local(address) else urllib.request.urlopen
     try:
-        with opener(address, timeout=_TIMEOUT_S) as response:
+        with opener_of(address)(address, timeout=_TIMEOUT_S) as response:
             page = Page(response.read().decode(), time.monotonic())
     except (OSError, HTTPException, ValueError) as error:  # HTTP errors are OSErrors
         reason = getattr(error, "reason", None) or error
@@ -50,6 +56,11 @@ def fetch(address: str) -> Page:
             "`vllm serve MODEL --block-manager avmp`"
         )
     return page
+
+
+def opener_of(address: str) -> Callable[..., Any]:
+    """What opens an address: without a proxy if it is on this machine."""
+    return _NO_PROXY.open if _is_local(address) else urllib.request.urlopen
 
 
 def _is_local(address: str) -> bool:

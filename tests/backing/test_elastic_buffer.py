@@ -17,11 +17,10 @@ from avmp_vllm.backing.elastic_buffer import (
     PASSED,
     BudgetExceeded,
     ElasticBuffer,
-    default_chunk_bytes,
     runs,
 )
 from avmp_vllm.backing.memory import BackingError, DriverError, Misaligned
-from avmp_vllm.core.extents import Extents, backed_bytes
+from avmp_vllm.core.extents import Extents, backed_bytes, default_chunk_bytes
 
 CHUNK = 8
 

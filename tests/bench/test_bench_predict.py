@@ -28,6 +28,7 @@ from avmp_vllm.bench.predict.reservations import (
     s3_bucket,
     s3_end,
 )
+from avmp_vllm.bench.scheduler import loads
 from avmp_vllm.cli import main
 from avmp_vllm.predict.bins import LengthBins
 
@@ -73,9 +74,9 @@ def test_a_drift_joins_its_parts() -> None:
 def test_the_drawn_trace_is_as_stated() -> None:
     lengths = np.array([answer.tokens for answer in load("lognormal", 0).answers])
     assert len(lengths) == answers.LOGNORMAL_REQUESTS
-    assert np.median(lengths) == pytest.approx(answers.ANSWER_MEDIAN, rel=0.05)
-    assert np.log(lengths).std() == pytest.approx(answers.ANSWER_SPREAD, rel=0.05)
-    assert lengths.max() <= answers.ANSWER_CAP
+    assert np.median(lengths) == pytest.approx(loads.ANSWER_MEDIAN, rel=0.05)
+    assert np.log(lengths).std() == pytest.approx(loads.ANSWER_SPREAD, rel=0.05)
+    assert lengths.max() <= loads.ANSWER_CAP
 
 
 def test_conversations_are_known_by_their_prefix(tmp_path: Path) -> None:

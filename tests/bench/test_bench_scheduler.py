@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.scheduler.loads import ALPACA_COLUMNS, read_load
 from avmp_vllm.bench.scheduler.traces import Segment, read_trace
 from avmp_vllm.cli import main
 
@@ -206,3 +208,60 @@ def test_conversation_turns_share_their_history(tmp_path):
     assert (first.prompt_tokens, first.output.tokens) == (10, 20)
     assert second.prompt[:2] == (*first.prompt, first.output)
     assert second.arrival - first.arrival == 30.0
+
+
+def test_admission_and_victims_beside_one_another(tmp_path, capsys):
+    """A load that drifts, in an arena that is too small: options in the names of variants."""
+    lengths, path = tmp_path / "lengths.csv", tmp_path / "result.json"
+    rows = "".join(f"{40 + 61 * row % 150},1,1,1,1\n" for row in range(40))
+    lengths.write_text(",".join(ALPACA_COLUMNS) + "\n" + rows)
+    model = MODEL.replace("reasoning-3b", "1.5-mini")  # its states weigh little
+    arguments = ["--trace", f"{lengths}[:20]*9+{lengths}[:9]", "--model", model, "--rate", "10"]
+    arguments += ["--memory", "64MiB", "--max-model-len", "512", "--seeds", "1"]
+    arguments += ["--no-prefix-caching"]
+    growth = "avmp+admission=growth+victim=last"
+    variants = f"avmp,{growth},{growth}+growth_tokens=0,oracle"
+    arguments += ["--variants", variants, "--baseline", growth, "--output", str(path)]
+    assert main(["bench", "scheduler", *arguments]) == 0
+    assert f"ratio to {growth}, 95% interval" in capsys.readouterr().out
+    counts = json.loads(path.read_text())["counts"]
+    del counts["left_out"]
+    assert sorted(counts) == sorted(variants.split(","))
+    tokens = {tuple(run["output_tokens"] for run in runs) for runs in counts.values()}
+    assert len(tokens) == 1
+    preemptions = {name: runs[0]["preemptions"] for name, runs in counts.items()}
+    assert preemptions[f"{growth}+growth_tokens=0"] > preemptions["oracle"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--variants", "avmp+growth_tokens"], "growth_tokens is not OPTION=VALUE"),
+        (["--variants", "avmp+growth=1"], "did you mean 'growth_tokens'"),
+        (["--variants", "stock+growth_tokens=1"], "stock has none of AVMP's options"),
+        (["--variants", "avmp", "--baseline", "stock"], "none of --variants avmp"),
+        (["--trace", "lognormal*0"], r"lognormal\*0: is no load"),
+        (["--trace", "lognormal[:0]"], "is no load"),
+        (["--trace", "lognormal+missing.csv"], "missing.csv: cannot be read"),
+    ],
+)
+def test_wrong_variants_and_loads(options, message, capsys):
+    arguments = ["bench", "scheduler", "--model", MODEL, "--trace", "lognormal", *options]
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_parts_of_a_load_follow_one_another(tmp_path):
+    """Each in its own time, with its own requests and windows."""
+    path = tmp_path / "alpaca.csv"
+    path.write_text(",".join(ALPACA_COLUMNS) + "\n" + "7,1,1,1,1\n" * 50)
+    names = f"lognormal[:30]+{path}[:20]*2+lognormal[:30]"
+    drawn = read_load(names).draw(3, 100, 1.0, 5.0, 30.0)
+    assert len(drawn) == 80
+    assert [r.arrival for r in drawn] == sorted(r.arrival for r in drawn)
+    assert {(r.prompt_tokens, r.output.tokens) for r in drawn[30:50]} == {(32, 7)}
+    assert drawn[0].output.tokens != drawn[50].output.tokens
+    assert len({r.output.key for r in drawn} | {r.prompt[0].key for r in drawn}) == 160
+    alone = read_load(f"{path}").draw(1003, 20, 1.0, 5.0, 30.0)
+    assert drawn[49].arrival - drawn[30].arrival == pytest.approx(alone[-1].arrival / 2)
+    assert read_load(names).draw(3, 100, 1.0, 5.0, 30.0) == drawn

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from avmp_vllm.core import keeper as keeper_module
+from avmp_vllm.core.hazards import EDGES, bin_of, gittins_indices
 from avmp_vllm.core.keeper import (
     BEFORE_TAIL,
     COMMON,
@@ -38,7 +39,7 @@ from avmp_vllm.core.keeper import (
     class_of,
 )
 from avmp_vllm.core.prefix_tree import Node, PrefixTree, Tidied
-from avmp_vllm.core.reuse import EDGES, Class, ReuseRates, _indices, bin_of
+from avmp_vllm.core.reuse import Class, ReuseRates
 
 #: Tokens of a page, and bytes of each kind: a state weighs as much as some pages.
 PAGE, PAGE_BYTES, STATE_BYTES = 16, 100, 450
@@ -306,7 +307,7 @@ class Client:
         prospects = rates._prospects.get(known.cls)
         if prospects is not None and prospects.epoch == rates.epoch:
             return prospects.indices[age_bin]
-        return _indices(rates._hazards(known.cls))[age_bin]
+        return gittins_indices(rates._hazards(known.cls))[age_bin]
 
     def worth(self, pages: Pages) -> float:
         """Index, times what a state spares, by what only it holds."""

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from avmp_vllm.core import reuse
-from avmp_vllm.core.reuse import BINS, EDGES, HALF_LIFE, Class, ReuseRates, bin_of
+from avmp_vllm.core import hazards as by_age
+from avmp_vllm.core import recent, reuse
+from avmp_vllm.core.hazards import BINS, EDGES, ReuseCounts, bin_of
+from avmp_vllm.core.reuse import HALF_LIFE, Class, ReuseRates
 
 #: Requests that a bin is wide, by hand: the last one is as wide as it is old.
 WIDTHS = [end - begin for begin, end in zip(EDGES, (*EDGES[1:], 2 * EDGES[-1]), strict=True)]
@@ -78,7 +80,7 @@ def best_ratio(hazards: list[float], start: int) -> float:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(HAZARDS)
 def test_the_index_is_the_best_of_all_moments_to_stop(hazards: list[float]) -> None:
-    indices = reuse._indices(hazards)
+    indices = by_age.gittins_indices(hazards)
     assert indices == pytest.approx([best_ratio(hazards, start) for start in range(BINS)], rel=1e-6)
     assert all(a >= b * (1 - 1e-6) for a, b in zip(indices, hazards, strict=True))
     assert max(indices) <= max(hazards) * (1 + 1e-6)
@@ -87,7 +89,7 @@ def test_the_index_is_the_best_of_all_moments_to_stop(hazards: list[float]) -> N
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(HAZARDS)
 def test_the_chance_not_to_be_used_falls(hazards: list[float]) -> None:
-    unused = reuse._unused(hazards)
+    unused = by_age.unused_chances(hazards)
     assert len(unused) == BINS
     assert all(0.0 <= chance <= 1.0 for chance in unused)
     assert unused == sorted(unused, reverse=True)
@@ -100,7 +102,7 @@ def test_idle_states_that_tend_to_come_back_are_worth_more_than_new_ones() -> No
     comes = bin_of(1_000)
     hazards = [1e-6] * BINS
     hazards[comes] = 0.1
-    indices = reuse._indices(hazards)
+    indices = by_age.gittins_indices(hazards)
     assert indices[: comes + 1] == sorted(indices[: comes + 1])
     assert indices[comes] == pytest.approx(0.1, rel=1e-3)
     assert indices[comes + 1] == pytest.approx(1e-6, rel=1e-3)
@@ -125,7 +127,7 @@ def live(rates: ReuseRates, cls: Class, lives: int, age: int, used: bool) -> Non
 
 def current(rates: ReuseRates, cls: Class, age_bin: int) -> float:
     """The index as of now, whatever it was when the epoch began."""
-    return reuse._indices(list(rates._hazards(cls)))[age_bin]
+    return by_age.gittins_indices(list(rates._hazards(cls)))[age_bin]
 
 
 def test_what_is_used_is_worth_more() -> None:
@@ -206,6 +208,12 @@ def test_chances_are_chances_and_grow_with_the_horizon(seed: int, horizons: list
 # -- forgetting ------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def never_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is forgotten at once."""
+    monkeypatch.setattr(reuse, "CHANGED", math.inf)
+
+
 def share_left(rates: ReuseRates, before: bool) -> float:
     """Half a life of one behaviour, half a life of the other: what is left of the first index."""
     live(rates, SEEN, HALF_LIFE, age=20, used=before)
@@ -214,16 +222,77 @@ def share_left(rates: ReuseRates, before: bool) -> float:
     return current(rates, SEEN, bin_of(20)) / first
 
 
+@pytest.mark.usefixtures("never_anew")
 def test_what_was_learned_counts_half_after_half_a_life() -> None:
     # Two parts of the new to one of the old.
     assert share_left(ReuseRates(), before=True) == pytest.approx(1 / 3, rel=0.02)
     assert share_left(ReuseRates(), before=False) > 100
 
 
+@pytest.mark.usefixtures("never_anew")
 def test_control_without_forgetting_the_old_counts_as_much_as_the_new() -> None:
     rates = ReuseRates()
     rates._growth = 1.0
     assert share_left(rates, before=True) == pytest.approx(1 / 2, rel=0.02)
+
+
+def settled(rates: ReuseRates, chances: dict[Class, float], requests: int, seed: int) -> None:
+    """States of some classes, each with its chance to be used; they end at ages up to 100."""
+    rng = random.Random(seed)
+    for _ in range(requests):
+        rates.tick()
+        for cls, chance in chances.items():
+            age = rng.randint(1, 100)
+            last = bin_of(age)
+            for number in range(last):
+                rates.waited(cls, number, WIDTHS[number])
+            rates.waited(cls, last, age - EDGES[last])
+            if rng.random() < chance:
+                rates.reused(cls, last)
+
+
+BEFORE, AFTER = {SEEN: 0.6, OTHER: 0.02}, {SEEN: 0.02, OTHER: 0.6}
+
+
+def error_after_a_change() -> tuple[int, float]:
+    """Times that it was noticed, and how far off an index is from one that knew no other time."""
+    rates, fresh = ReuseRates(), ReuseRates()
+    settled(rates, BEFORE, 3_000, seed=1)
+    assert rates.changes == 0
+    settled(rates, AFTER, 300, seed=2)
+    settled(fresh, AFTER, 300, seed=2)
+    now = current(rates, OTHER, 0)
+    return rates.changes, abs(now / current(fresh, OTHER, 0) - 1)
+
+
+def test_what_no_longer_holds_is_forgotten_at_once() -> None:
+    changes, error = error_after_a_change()
+    assert changes >= 1
+    assert error < 0.2
+
+
+@pytest.mark.usefixtures("never_anew")
+def test_control_a_long_memory_alone_is_wrong_for_long() -> None:
+    assert error_after_a_change()[1] > 0.3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nothing_is_forgotten_while_nothing_changes(seed: int) -> None:
+    rates = ReuseRates()
+    settled(rates, BEFORE, 4_000, seed)
+    assert rates.changes == 0
+
+
+def test_the_short_memory_stays_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Brought back again and again, with half a life of five requests: evidence stays the same."""
+    found = []
+    for most in (1e12, 1e300):
+        monkeypatch.setattr(recent, "MOST_WEIGHT", most)
+        rates = ReuseRates()
+        rates._recent._growth = 2.0**0.2
+        settled(rates, BEFORE, 600, seed=3)
+        found.append(rates._recent.evidence)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def calls(rates: ReuseRates, rng: random.Random, count: int) -> Iterator[list[float]]:
@@ -263,6 +332,7 @@ def test_scaling_down_changes_no_index() -> None:
         assert one == pytest.approx(other, rel=1e-9)
 
 
+@pytest.mark.usefixtures("never_anew")
 def test_the_weight_stays_finite() -> None:
     """Scaled down again and again, with half a life of ten requests."""
     rates = ReuseRates()
@@ -280,14 +350,14 @@ def test_the_weight_stays_finite() -> None:
 
 
 def test_control_scaling_some_of_the_counts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    scale = reuse._Counts.scale
+    scale = ReuseCounts.scale
 
-    def some(self: reuse._Counts, factor: float) -> None:
+    def some(self: ReuseCounts, factor: float) -> None:
         waited = self.waited
         scale(self, factor)
         self.waited = waited
 
-    monkeypatch.setattr(reuse._Counts, "scale", some)
+    monkeypatch.setattr(ReuseCounts, "scale", some)
     with pytest.raises(AssertionError):
         test_scaling_down_changes_no_index()
 
@@ -295,7 +365,7 @@ def test_control_scaling_some_of_the_counts_is_noticed(monkeypatch: pytest.Monke
 def test_control_an_index_that_looks_no_further_than_its_bin_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reuse, "_indices", list)
+    monkeypatch.setattr(by_age, "gittins_indices", list)
     with pytest.raises(AssertionError):
         test_idle_states_that_tend_to_come_back_are_worth_more_than_new_ones()
 

@@ -267,7 +267,9 @@ def test_every_row_names_a_test():
 
 
 @pytest.mark.parametrize(
-    "seam", [*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2], ids=lambda seam: seam.path
+    "seam",
+    [*seams.SELECTION, *seams.ENGINE, *seams.API, *seams.RUNNER_V1, *seams.RUNNER_V2],
+    ids=lambda seam: seam.path,
 )
 def test_every_seam_is_listed(seam):
     """One line each."""

@@ -64,8 +64,7 @@ def test_a_good_line_is_good(tiny_jamba):
 #: known only once the configuration is built.
 REFUSED = {
     "--kv-transfer-config": ('{"kv_connector": "ExampleConnector", "kv_role": "kv_both"}',),
-    "--kv-offloading-size": ("4",),
-    "--enable-sleep-mode": (),
+    "--kv-offloading-backend": ("lmcache",),
     "--decode-context-parallel-size": ("2",),
     "--prefill-context-parallel-size": ("2",),
     "--speculative-config": ('{"method": "ngram_gpu", "num_speculative_tokens": 3}',),
@@ -194,7 +193,7 @@ def test_what_fits_is_what_the_engine_logs(tiny_jamba, monkeypatch):
 
 def test_the_report_is_aligned_and_ends_with_a_status(tiny_jamba):
     """One line a check, and the way out on the next."""
-    done = _doctor(tiny_jamba, *LINE, "--enable-sleep-mode", "--max-model-len", "8192")
+    done = _doctor(tiny_jamba, *LINE, "--use-replayssm", "--max-model-len", "8192")
     assert done.returncode == 1
     assert done.stderr == ""
     lines = done.stdout.splitlines()
@@ -202,7 +201,7 @@ def test_the_report_is_aligned_and_ends_with_a_status(tiny_jamba):
     for line in lines:
         if line.startswith("  "):
             assert re.match(r"  (ok  |warn|fail|    )  .{14}  \S", line), line
-    at = next(i for i, line in enumerate(lines) if "--enable-sleep-mode: " in line)
+    at = next(i for i, line in enumerate(lines) if "--use-replayssm: " in line)
     assert lines[at].startswith("  fail  refused ")
     assert lines[at + 1].strip() == "-> remove it, or use --block-manager default"
     assert any("a request of max_model_len=8192 tokens needs" in line for line in lines)
@@ -224,7 +223,7 @@ importlib.metadata.version = version
 
 def test_without_vllm_it_says_so():
     """A clear line, and no traceback; the rest is not tried."""
-    done = _doctor("model", "--enable-sleep-mode", code=_WITHOUT_VLLM)
+    done = _doctor("model", "--use-replayssm", code=_WITHOUT_VLLM)
     assert done.returncode == 1
     assert done.stderr == ""
     assert re.search(

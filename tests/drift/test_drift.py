@@ -147,7 +147,7 @@ def test_what_is_chosen_by_minor_exists(vllm, minor, monkeypatch):
 
 def test_every_seam_is_of_some_minor():
     """A minor that is dropped takes its seams along."""
-    for seam in (*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2):
+    for seam in (*seams.SELECTION, *seams.ENGINE, *seams.API, *seams.RUNNER_V1, *seams.RUNNER_V2):
         assert seam.minors
         assert set(seam.minors) <= set(SUPPORTED_VLLM)
 

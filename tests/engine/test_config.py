@@ -7,16 +7,20 @@ import sys
 from typing import get_args
 
 import pytest
+import torch
 from enginelib import engine
+from vllm.config import KVTransferConfig
 from vllm.config.cache import MambaCacheMode
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.argparse_utils import FlexibleArgumentParser, human_readable_int
 
 from avmp_vllm.core.keeper import ANSWER_TOKENS, CUT_TOKENS
 from avmp_vllm.engine.entry import last_line
 from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError, selected
 from avmp_vllm.engine.entry.options import REFUSALS, refuse
 from avmp_vllm.engine.entry.selection import ASYNC_SCHEDULER, SCHEDULER, take_charge
+from avmp_vllm.engine.layout.elastic import elastic_sizes
+from avmp_vllm.engine.worker.elastic import driver_of
 
 
 def _parse(*words: str) -> EngineArgs:
@@ -143,7 +147,47 @@ def test_verify_by_environment(monkeypatch):
             {"block_manager": "avmp", "avmp": {"kernels": "fast"}},
             "option 'kernels' = 'fast': .*'auto', 'resolved' or 'handles'",
         ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "oracle"}},
+            "option 'admission' = 'oracle': .*'forecast' or 'growth'",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "forecast", "growth_tokens": 16}},
+            "option 'growth_tokens' = 16 does nothing with admission: forecast; .* growth$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"admission": "growth", "forecast_risk": 1.0}},
+            "option 'forecast_risk' = 1.0 does nothing with admission: growth; .* forecast$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"forecast_risk": -0.5}},
+            "option 'forecast_risk' = -0.5: .*greater than or equal to 0",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"victim": "first"}},
+            "option 'victim' = 'first': .*'cheapest' or 'last'",
+        ),
         ({"block_manager": "avmp", "avmp": {"verify": 1}}, "option 'verify' = 1: .*boolean"),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "contiguous"}},
+            "option 'memory' = 'contiguous': .*'fixed' or 'elastic'$",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"slack_bytes": 0}},
+            "option 'slack_bytes' = 0 needs memory: elastic",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "elastic", "budget": "2X"}},
+            "option 'budget' = '2X': write bytes, 512MiB, 2GiB, 2GB, or 2G as for --kv",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "elastic", "budget": 1.5}},
+            "option 'budget' = 1.5: write bytes",
+        ),
+        (
+            {"block_manager": "avmp", "avmp": {"memory": "elastic", "chunk_bytes": 0}},
+            "option 'chunk_bytes' = 0: .*greater than or equal to 1",
+        ),
         ({"block_manager": "avmp", "avmp": 3}, "a mapping or the path of a YAML file, not 3"),
         ({"block_manager": "avmp", "avmp": {5: 1}}, "unknown option '5': .*Known: page_tokens"),
         ({"block_manager": "avmp", "avmp": {None: 1}}, "unknown option 'None': .*Known"),
@@ -205,6 +249,76 @@ def test_file_without_options(tmp_path, content):
     assert AVMPConfig.read(str(path)) == AVMPConfig()
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        (7, 7),
+        ("7", 7),
+        ("2k", 2000),
+        ("2K", 2048),
+        ("25.6k", 25_600),
+        ("3G", 3 << 30),
+        ("3g", 3 * 10**9),
+        ("3GiB", 3 << 30),
+        ("1.5gib", 3 << 29),
+        ("3 GB", 3 * 10**9),
+        ("1T", 1 << 40),
+    ],
+)
+def test_bytes_are_written_as_for_vllms_options(text, size):
+    """And as ``avmp plan`` takes them; a capital letter counts in 1,024s where it stands alone."""
+    config = AVMPConfig.read({"memory": "elastic", "budget": text})
+    assert config.budget == size
+    if isinstance(text, str) and not text.endswith(("B", "b")):
+        assert human_readable_int(text) == size
+
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("avmp", "expected"),
+    [
+        ({}, (1000 * MIB, 1000 * MIB, 2 * MIB, 1000 * MIB // 16)),
+        ({"budget": 301 * MIB}, (1000 * MIB, 300 * MIB, 2 * MIB, 301 * MIB // 16 - MIB // 16)),
+        ({"virtual_bytes": "8GiB"}, (8192 * MIB, 1000 * MIB, 2 * MIB, 1000 * MIB // 16)),
+        ({"chunk_bytes": "64MiB"}, (960 * MIB, 960 * MIB, 64 * MIB, 256 * MIB)),
+        ({"slack_bytes": 0}, (1000 * MIB, 1000 * MIB, 2 * MIB, 8 * MIB)),
+    ],
+)
+def test_sizes_of_an_elastic_arena(avmp, expected):
+    """Of a cache of 1,001 MiB: addresses, budget, chunk and slack."""
+    sizes = elastic_sizes(AVMPConfig.read({"memory": "elastic", **avmp}), 1001 * MIB)
+    assert (sizes.virtual_bytes, sizes.budget, sizes.chunk_bytes, sizes.slack_bytes) == expected
+
+
+def test_a_fixed_arena_has_no_such_sizes():
+    """It is the default."""
+    assert elastic_sizes(AVMPConfig(), 1001 * MIB) is None
+
+
+@pytest.mark.parametrize(
+    ("avmp", "message"),
+    [
+        ({"budget": "2GiB"}, "option 'budget' = 2147483648: vLLM leaves 104857600 bytes"),
+        ({"budget": "50MiB", "virtual_bytes": "40MiB"}, "'virtual_bytes' = 41943040: the budget"),
+        ({"chunk_bytes": "1GiB"}, "'chunk_bytes' = 1073741824: the budget of 104857600 bytes is"),
+        ({"budget": "1MiB"}, "'chunk_bytes' = 2097152: the budget of 1048576 bytes is less"),
+    ],
+)
+def test_sizes_of_an_elastic_arena_that_cannot_be(avmp, message):
+    """Of a cache of 100 MiB."""
+    with pytest.raises(ConfigError, match=message):
+        elastic_sizes(AVMPConfig.read({"memory": "elastic", **avmp}), 100 * MIB)
+
+
+def test_chunks_that_a_driver_does_not_take():
+    """Named with the next that it takes; those below a huge page go without them."""
+    with pytest.raises(ConfigError, match="multiples of 4096 bytes; choose 8192"):
+        driver_of(torch.device("cpu"), 5000)
+    driver_of(torch.device("cpu"), 8192).close()
+
+
 # -- vLLM's options --------------------------------------------------------------------------------
 
 
@@ -224,8 +338,7 @@ def test_supported_configuration_is_not_refused(vllm_config):
 #: How each refused option looks when it is set, by the path to it in ``VllmConfig``.
 SET = {
     "--kv-transfer-config": {"kv_transfer_config": argparse.Namespace(kv_connector="Nixl")},
-    "--kv-offloading-size": {"cache_config.kv_offloading_size": 4.0},
-    "--enable-sleep-mode": {"model_config.enable_sleep_mode": True},
+    "--kv-offloading-backend": {"cache_config.kv_offloading_backend": "lmcache"},
     "--decode-context-parallel-size": {"parallel_config.decode_context_parallel_size": 2},
     "--prefill-context-parallel-size": {"parallel_config.prefill_context_parallel_size": 2},
     "--speculative-config": {"speculative_config": argparse.Namespace(method="medusa")},
@@ -255,6 +368,74 @@ def test_refused_options(vllm_config, monkeypatch, refusal):
         owner = getattr(owner, part)
     monkeypatch.setitem(owner.__dict__, name, value)
     with pytest.raises(ConfigError, match=rf"{refusal.option} = .*--block-manager default"):
+        refuse(vllm_config)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"kv_connector_module_path": "my.module"}, "kv_connector_module_path = my.module"),
+        ({"kv_role": "kv_producer"}, "kv_role = kv_producer"),
+        ({"spec_name": "TieringOffloadingSpec"}, "spec_name = TieringOffloadingSpec"),
+        ({"blocks_per_chunk": 4}, "blocks_per_chunk = 4"),
+        ({"store_threshold": 2}, "store_threshold = 2"),
+    ],
+)
+def test_options_of_a_connector_that_do_not_work(vllm_config, monkeypatch, given, named):
+    """Each is named; without it the connector is taken, and AVMP's class put in its place."""
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    refuse(vllm_config)
+    for name, value in given.items():
+        if hasattr(transfer, name):
+            setattr(transfer, name, value)
+        else:
+            transfer.kv_connector_extra_config[name] = value
+    with pytest.raises(ConfigError, match=rf"--kv-transfer-config with {named}.*Remove it"):
+        refuse(vllm_config)
+
+
+def test_a_connector_needs_the_prefix_cache_and_no_drafts(vllm_config, monkeypatch):
+    """States go to the host by their prefix; nor does it take an elastic arena."""
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    monkeypatch.setattr(vllm_config.cache_config, "enable_prefix_caching", False)
+    with pytest.raises(ConfigError, match="with --no-enable-prefix-caching"):
+        refuse(vllm_config)
+    monkeypatch.undo()
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    drafts = argparse.Namespace(method="ngram")
+    monkeypatch.setitem(vllm_config.__dict__, "speculative_config", drafts)
+    with pytest.raises(ConfigError, match="with --speculative-config ngram"):
+        refuse(vllm_config)
+    monkeypatch.undo()
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    additional = {"block_manager": "avmp", "avmp": {"memory": "elastic"}}
+    monkeypatch.setitem(vllm_config.__dict__, "additional_config", additional)
+    with pytest.raises(ConfigError, match="with memory: elastic"):
+        refuse(vllm_config)
+
+
+def test_growth_tokens_imply_their_admission():
+    """Who gives a constant wants no forecast."""
+    assert AVMPConfig.read({"growth_tokens": 64}).admission == "growth"
+    assert AVMPConfig.read({}).admission == "forecast"
+
+
+def test_stages_take_no_elastic_arena_and_no_connector(vllm_config, monkeypatch):
+    """Each is named, with the way out."""
+    monkeypatch.setattr(vllm_config.parallel_config, "pipeline_parallel_size", 2)
+    monkeypatch.setattr(vllm_config.scheduler_config, "async_scheduling", False)
+    refuse(vllm_config)
+    additional = {"block_manager": "avmp", "avmp": {"memory": "elastic"}}
+    with monkeypatch.context() as patch:
+        patch.setitem(vllm_config.__dict__, "additional_config", additional)
+        with pytest.raises(ConfigError, match="memory = 'elastic' does not work with --pipeline"):
+            refuse(vllm_config)
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    monkeypatch.setitem(vllm_config.__dict__, "kv_transfer_config", transfer)
+    monkeypatch.setattr(vllm_config.cache_config, "enable_prefix_caching", True)
+    with pytest.raises(ConfigError, match="do not work with --pipeline-parallel-size 2"):
         refuse(vllm_config)
 
 
@@ -344,6 +525,11 @@ def test_model_without_attention_layers(tiny_mamba):
         ({"page_tokens": 48}, {}, "page_tokens = 48: CPU_ATTN takes pages of a multiple of 32"),
         ({"checkpoint_tokens": 100}, {}, "checkpoint_tokens = 100: .*page's 32.*128 is the next"),
         ({"checkpoint_tokens": 32}, {}, "checkpoint_tokens = 32: .*more than one page"),
+        (
+            {"memory": "elastic", "chunk_bytes": 65536, "budget": 700_000},
+            {},
+            r"max_model_len=512 .* has 67108864, of which \d+ get no memory: .*'budget'",
+        ),
         ({}, {"kv_cache_memory_bytes": 600_000}, "max_model_len=512 .*--kv-cache-memory-bytes"),
         ({}, {"kv_cache_memory_bytes": 100_000}, "of 100000 bytes .*--gpu-memory-utilization"),
     ],

@@ -39,7 +39,7 @@ def test_answers_equal_stock(tiny_jamba, caching, memory):
     with engine(
         tiny_jamba,
         # Without room to grow, so that requests are admitted until some must be preempted.
-        avmp={"checkpoint_tokens": 128, "growth_tokens": 0},
+        avmp={"checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0},
         kv_cache_memory_bytes=memory,
         enable_prefix_caching=caching,
     ) as llm:
@@ -104,11 +104,24 @@ def test_async_scheduling(tiny_jamba):
 
 
 def test_several_answers_and_long_outputs(tiny_jamba):
-    """``n`` answers a prompt, each crossing many pages and several checkpoints."""
+    """``n`` answers a prompt, each crossing many pages and several checkpoints.
+
+    Whoever is admitted or preempted: whole answers are the same.
+    """
     prompts = mixed_prompts(seed=7, count=6)
     answers = {}
-    options = {"checkpoint_tokens": 64, "growth_tokens": 0}
-    for name, avmp, memory in (("stock", None, AMPLE), ("avmp", options, TIGHT)):
+    growth = {
+        "checkpoint_tokens": 64,
+        "admission": "growth",
+        "growth_tokens": 0,
+        "victim": "last",
+    }
+    forecast = {"checkpoint_tokens": 64, "admission": "forecast", "victim": "cheapest"}
+    for name, avmp, memory in (
+        ("stock", None, AMPLE),
+        ("growth", growth, TIGHT),
+        ("forecast", forecast, TIGHT),
+    ):
         with engine(
             tiny_jamba,
             avmp=avmp,
@@ -119,8 +132,10 @@ def test_several_answers_and_long_outputs(tiny_jamba):
             if avmp is not None:
                 assert_nothing_held(llm)
                 assert counted(llm).preemptions > 0
-    assert answers["avmp"] == answers["stock"]
-    assert all(len(each) == 3 for each in answers["avmp"])
+            if name == "forecast":
+                assert scheduler_of(llm).kv_cache_manager.recomputed > 0
+    assert answers["growth"] == answers["forecast"] == answers["stock"]
+    assert all(len(each) == 3 for each in answers["forecast"])
 
 
 def test_vacated_pages_are_never_read(tiny_jamba, monkeypatch):

@@ -8,6 +8,7 @@ place, under stock vLLM as under AVMP: see ``standins``. Jamba and Granite are i
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from enginelib import (
     greedy,
     mixed_prompts,
     runner_of,
+    scheduler_of,
+    tokens,
 )
 from hybrids import COUNT, FAMILIES, LONGEST, NEW_TOKENS, layers_of
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
@@ -70,6 +73,7 @@ def serving(checkpoints: Checkpoints, name: str, **options: Any) -> Iterator[Any
     avmp = {
         "checkpoint_tokens": 128,
         "migration_batch": 8,
+        "admission": "growth",
         "growth_tokens": 0,
         **options.pop("avmp", {}),
     }
@@ -108,6 +112,24 @@ def test_answers_equal_stock(checkpoints, name):
     assert migrated
     assert moved
     assert preempted
+
+
+@pytest.mark.parametrize("name", ["mixed_window", "mixed_mixed"])
+def test_the_longest_request_on_several_tables(checkpoints, name):
+    """``--max-model-len -1``: a request of what is found ends without help; a page more is none."""
+    with (
+        layers_of(name),
+        engine(
+            checkpoints.path(name), avmp={}, max_model_len=-1, kv_cache_memory_bytes=1_000_000
+        ) as llm,
+    ):
+        longest = llm.llm_engine.model_config.max_model_len
+        geometry = scheduler_of(llm).kv_cache_manager.arena.geometry
+        assert longest == geometry.longest(1) < 32_768
+        assert not geometry.fits(geometry.pages_for(longest + 1), 1)
+        ((answer,),) = greedy(llm, [{"prompt_token_ids": tokens(random.Random(1), longest - 4)}], 4)
+        assert len(answer) == 4
+        assert_nothing_held(llm)
 
 
 def test_the_cpus_own_delta_net(tmp_path):

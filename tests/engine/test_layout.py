@@ -32,7 +32,7 @@ from avmp_vllm.core.tables import LAYOUT_ALIGNMENT, TABLE_COST, Role
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig, arena_config
 from avmp_vllm.engine.layout.groups import REFUSED, ROLES, first_spec, sort_layers
-from avmp_vllm.engine.layout.limits import most_sequences, refuse_drafts
+from avmp_vllm.engine.layout.limits import most_sequences, refuse_drafts, refuse_transfers
 from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
 
 
@@ -205,6 +205,16 @@ def test_drafts_that_a_state_cannot_follow_are_refused(kind, device, v2, refused
     with pytest.raises(ConfigError, match=f"layer s is {refused}.*remove the option"):
         refuse_drafts(config, {"a": attention(), "s": spec})
     refuse_drafts(config, {"a": attention(), "s": replace(spec, num_speculative_blocks=0)})
+
+
+def test_a_connector_is_refused_where_it_was_not_tried():
+    """A window's pages are not those of a prefix."""
+    config = SimpleNamespace(kv_transfer_config=SimpleNamespace(kv_connector="OffloadingConnector"))
+    plain = {"a": attention(), "s": state()}
+    refuse_transfers(config, plain)
+    with pytest.raises(ConfigError, match=r"layer w keeps a SlidingWindowSpec.*remove the option"):
+        refuse_transfers(config, {**plain, "w": window(64)})
+    refuse_transfers(SimpleNamespace(kv_transfer_config=None), {**plain, "w": window(64)})
 
 
 def test_a_wide_table_is_split_where_that_spares_bytes():

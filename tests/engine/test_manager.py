@@ -66,6 +66,7 @@ class Driver:
         scheduler: Which of the two schedulers.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
+        options: More of AVMP's options, and others in the place of ``growth``.
         checkpoints: Whether the layers save a state in the middle of a prefill, as Mamba-2 on CUDA.
         anywhere: Whether they save states at any position of it, as Mamba-1 on the CPU.
         retention: ``--prefix-cache-retention-interval``.
@@ -73,6 +74,7 @@ class Driver:
         budget: Tokens of a step.
         events: Whether the scheduler publishes what the prefix cache stores and removes.
         family: Other layers than a Jamba's, by name.
+        fit: ``max_model_len``.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Driver:
         scheduler: type = AVMPScheduler,
         batch: int = 1,
         growth: int = 64,
+        options: dict[str, Any] | None = None,
         checkpoints: bool = False,
         anywhere: bool = False,
         retention: int | None = 0,
@@ -90,12 +93,13 @@ class Driver:
         budget: int = 256,
         events: bool = False,
         family: dict[str, KVCacheSpec] | None = None,
+        fit: int = MAX_MODEL_LEN,
     ) -> None:
         config = EngineArgs(
             model=model,
             skip_tokenizer_init=True,
             enable_prefix_caching=caching,
-            max_model_len=MAX_MODEL_LEN,
+            max_model_len=fit,
             max_num_batched_tokens=budget,
             max_num_seqs=16,
             enforce_eager=True,
@@ -105,9 +109,12 @@ class Driver:
                 "block_manager": "avmp",
                 "avmp": {
                     "migration_batch": batch,
-                    "growth_tokens": growth,
                     "cut_tokens": 0,
                     "verify": True,
+                    **(
+                        options
+                        or {"admission": "growth", "growth_tokens": growth, "victim": "last"}
+                    ),
                 },
             },
         ).create_engine_config()
@@ -116,7 +123,7 @@ class Driver:
             block_size=PAGE_TOKENS, num_kv_heads=2, head_size=32, dtype=torch.float32
         )
         ssm = MambaSpec(
-            block_size=CHECKPOINT_TOKENS if caching else MAX_MODEL_LEN,
+            block_size=CHECKPOINT_TOKENS if caching else fit,
             shapes=((3, 256), (256, 16)),
             dtypes=(torch.float32, torch.float32),
             mamba_type=MambaAttentionBackendEnum.MAMBA1,
@@ -179,13 +186,17 @@ class Driver:
         requests = self.scheduler.requests
         # A step that computed a request's last known token is followed by a new one.
         tokens = [
-            [len(name)] if requests[name].num_computed_tokens >= requests[name].num_tokens else []
-            for name in output.num_scheduled_tokens
+            [self.sampled(each)] if each.num_computed_tokens >= each.num_tokens else []
+            for each in map(requests.__getitem__, output.num_scheduled_tokens)
         ]
         self._running.append((output, tokens))
         if len(self._running) > self._ahead or not tokens:
             self._finish(*self._running.popleft())
         return output
+
+    def sampled(self, request: Request) -> int:
+        """The token that a request gets next."""
+        return len(request.request_id)
 
     def check_hit(self, request: Request, tokens: int) -> None:
         """A prefix hit has the pages of its prefix, in every table with a slot for each token."""
@@ -418,6 +429,35 @@ def _preemptions(model: str, growth: int) -> int:
 def test_room_to_grow_spares_preemptions(model: str) -> None:
     """Exact pages leave no slack: whoever is admitted into the last bytes makes others preempt."""
     assert _preemptions(model, growth=200) == 0 < _preemptions(model, growth=0)
+
+
+def _admitted(model: str, states: int, first: int, anywhere: bool) -> bool:
+    """Whether a second request runs beside one whose prompt has so many tokens."""
+    page, block = 2 * 16_384, 6 * 19_456
+    pages = 2 * -(-first // PAGE_TOKENS) + 3
+    memory = block + page + states * block + pages * page
+    driver = Driver(model, memory, growth=16, anywhere=anywhere, fit=first + 40)
+    driver.add("first", prompt("first", first), 40)
+    driver.step()
+    driver.add("second", prompt("second", first), 40)
+    for _ in range(3):  # a copy for the cache may come between
+        driver.step()
+    running = len(driver.scheduler.running)
+    driver.run(limit=500)
+    driver.check_empty()
+    return running == 2
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_a_block_is_kept_free_only_for_a_state_that_moves(model: str, anywhere: bool) -> None:
+    """States move on every 128 tokens; a request that does not soon leaves room for another."""
+    assert _admitted(model, states=2, first=200, anywhere=anywhere)
+    assert not _admitted(model, states=2, first=250, anywhere=anywhere)
+
+
+def test_states_that_a_chunk_saves_keep_nobody_out(model: str) -> None:
+    """They may take the block that is kept free for a state that moves: they can go at once."""
+    assert _admitted(model, states=3, first=250, anywhere=True)
 
 
 def test_a_copy_for_the_cache_is_not_worth_a_preemption(model: str) -> None:

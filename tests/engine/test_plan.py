@@ -89,6 +89,8 @@ def test_command(tiny_jamba, capsys):
         for count in plan.sequences(tokens).values():
             assert f"{count:,} / {count * tokens:,}" in printed
     assert f"KV cache size: {plan.stock.logged_tokens(8192):,} tokens" in printed
+    assert "in chunks of 2,097,152 bytes" in printed
+    assert "cache 2,097,152 bytes have memory instead of 25,165,824" in printed
 
 
 @pytest.mark.parametrize(

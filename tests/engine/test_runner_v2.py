@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import late_host
 import pytest
 from enginelib import branching_prompts, engine, greedy, stock_answers
 
@@ -181,6 +182,18 @@ def test_kernels_by_handle(done, expected, name):
     assert did["rounds"] == [expected[name]] * 2
 
 
+@pytest.mark.parametrize("name", ["elastic", "elastic_resolved"])
+def test_elastic_arena(done, expected, name):
+    """Its gap has no memory and faults, for AVMP's kernels and for vLLM's."""
+    did = done[name]
+    assert did["runner"] == "AVMPCPUModelRunnerV2"
+    assert ("HandleAttentionBackend" in did["backends"]) is (name == "elastic")
+    assert did["relocations"] > 0
+    assert did["memory"]["calls"]["unmap"] > 0
+    assert did["memory"]["backed"] <= did["memory"]["held"] + 2 * did["memory"]["chunk_bytes"]
+    assert did["rounds"] == [expected["handles"]] * 2
+
+
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
@@ -327,3 +340,14 @@ def test_unsupported_shapes_are_refused_at_start(done):
         assert value in said[name]
         assert "set kernels to 'resolved'" in said.pop(name)
     assert not said
+
+
+def test_prefixes_come_back_from_the_host(tiny_jamba, done):
+    """What the arena has given up is loaded, while pages move."""
+    with engine(tiny_jamba) as llm:
+        expected = [greedy(llm, prompts, 4) for prompts in late_host.turns()]
+    result = done["offloading"]
+    assert result["runner"] == "AVMPCPUModelRunnerV2"
+    assert result["answers"] == expected
+    assert result["host"] > 0
+    assert result["relocations"] > 0

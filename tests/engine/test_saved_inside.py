@@ -152,7 +152,7 @@ def test_answers_equal_stock_under_pressure(tiny_jamba, ahead, budget):
     expected = stock_answers(tiny_jamba)
     with engine(
         tiny_jamba,
-        avmp={"growth_tokens": 0, "migration_batch": 8},
+        avmp={"admission": "growth", "growth_tokens": 0, "migration_batch": 8},
         kv_cache_memory_bytes=TIGHT,
         enable_prefix_caching=True,
         async_scheduling=ahead,
@@ -170,7 +170,7 @@ def test_answers_equal_stock_while_requests_are_preempted(tiny_jamba):
     """Long answers outgrow the arena; preempted prompts begin again at what they saved."""
     prompts = mixed_prompts(seed=7, count=6)
     answers = {}
-    for avmp, memory in ((None, AMPLE), ({"growth_tokens": 0}, TIGHT)):
+    for avmp, memory in ((None, AMPLE), ({"admission": "growth", "growth_tokens": 0}, TIGHT)):
         with engine(
             tiny_jamba, avmp=avmp, kv_cache_memory_bytes=memory, enable_prefix_caching=True
         ) as llm:

@@ -19,7 +19,10 @@ from avmp_vllm.engine.entry.selection import (
 )
 
 #: Every seam that the installed vLLM has.
-EVERY = seams.of((*seams.SELECTION, *seams.ENGINE, *seams.RUNNER_V2), minors.minor())
+EVERY = seams.of(
+    (*seams.SELECTION, *seams.ENGINE, *seams.API, *seams.RUNNER_V1, *seams.RUNNER_V2),
+    minors.minor(),
+)
 
 
 @pytest.mark.parametrize("seam", EVERY, ids=lambda seam: seam.path)

@@ -22,6 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import late_host
 import torch
 from avmp_kernels import selective_scan, state_update
 from cuda_mamba import cuda_mamba_layers
@@ -44,10 +45,10 @@ from vllm.v1.worker.gpu.spec_decode.utils import DraftTokensHandler
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.backing.torch_buffer import bytes_behind
 from avmp_vllm.engine.layout.saves import ChunkSaves
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.state_pool import StatePool
-from avmp_vllm.engine.worker.plans import bytes_behind
 
 # Fewer and larger programs: one costs the interpreter as much as it has steps, however wide they
 # are. Programs of a state in the copies of prefix caching; state elements of a program of AVMP's.
@@ -63,9 +64,13 @@ WORKLOADS = {
     "granite": (880_000, 512, True, (1, 8, 12)),
     "handles": (330_000, 320, True, (1, 5, 12)),
     "handles_granite": (170_000, 320, True, (1, 5, 12)),
+    "elastic": (8_000_000, 320, True, (1, 5, 12)),
     "cuda_mamba1": (350_000, 320, True, (1, 5, 12)),
     "cuda_mamba2": (200_000, 320, True, (1, 5, 12)),
 }
+
+#: Of a range of 8 MB, as much as the tight arena of the same workload has.
+ELASTIC = {"memory": "elastic", "budget": 400_000, "chunk_bytes": 16_384, "slack_bytes": 65_536}
 
 
 @contextmanager
@@ -80,6 +85,7 @@ def workload(name: str, model: str, **options: Any) -> Iterator[Any]:
     avmp = {
         "checkpoint_tokens": 128,
         "migration_batch": 8,
+        "admission": "growth",
         "growth_tokens": 0,
         **options.pop("avmp", {}),
     }
@@ -125,6 +131,7 @@ def serve(name: str, model: str, rounds: int = 2, **options: Any) -> dict[str, A
             "relocations": sum(did.statistics.relocations.values()),
             "preemptions": did.preemptions,
             "saved": saved_by(llm),
+            "memory": llm.collective_rpc("avmp_memory")[0],
         }
 
 
@@ -209,6 +216,27 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
             result["migrations"] = sum(did.statistics.migrations.values())
             result["relocations"] = sum(did.statistics.relocations.values())
         return result
+
+
+def offloading(model: str) -> dict[str, Any]:
+    """Serve two rounds of prompts, with a late host behind an arena that does not hold them."""
+    with engine(
+        model,
+        avmp={"growth_tokens": 0},
+        kv_cache_memory_bytes=800_000,
+        max_model_len=160,
+        enable_prefix_caching=True,
+        kv_transfer_config=late_host.config(64 << 20, delay=2),
+    ) as llm:
+        answers = [greedy(llm, prompts, 4, temperature=0) for prompts in late_host.turns()]
+        assert_nothing_held(llm)
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        return {
+            "answers": answers,
+            "runner": type(runner_of(llm)).__name__,
+            "host": counts["vllm:external_prefix_cache_hits"],
+            "relocations": sum(counted(llm).statistics.relocations.values()),
+        }
 
 
 def branching(
@@ -601,11 +629,22 @@ def scenarios(
         "granite": lambda: serve("granite", granite),
         "handles": lambda: by_handle("handles", short),
         "handles_granite": lambda: by_handle("handles_granite", short_granite),
+        "elastic": lambda: serve(
+            "elastic", short, async_scheduling=True, avmp={**ELASTIC, "kernels": "handles"}
+        ),
+        "elastic_resolved": lambda: serve("elastic", short, avmp=ELASTIC),
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
+        "offloading": lambda: offloading(jamba),
         "drafts_stock": lambda: drafting(short_granite, None),
         "drafts": lambda: drafting(
-            short_granite, {"checkpoint_tokens": 128, "growth_tokens": 0, "migration_batch": 8}
+            short_granite,
+            {
+                "checkpoint_tokens": 128,
+                "admission": "growth",
+                "growth_tokens": 0,
+                "migration_batch": 8,
+            },
         ),
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),

@@ -78,12 +78,15 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
             "block_manager": "avmp",
             "avmp": {
                 "migration_batch": settings.batch,
-                "growth_tokens": settings.growth,
+                "admission": settings.admission,
+                "victim": settings.victim,
                 "cut_tokens": settings.cut,
                 "answer_tokens": settings.answer,
                 "verify": settings.verify,
             },
         }
+        if settings.admission == "growth":
+            config.additional_config["avmp"]["growth_tokens"] = settings.growth
     return config
 
 

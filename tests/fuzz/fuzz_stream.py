@@ -32,6 +32,8 @@ class Settings:
         sequences: ``--max-num-seqs``.
         batch: ``migration_batch``.
         growth: ``growth_tokens``.
+        admission: ``admission``.
+        victim: ``victim``.
         cut: ``cut_tokens``.
         answer: ``answer_tokens``.
         verify: Check AVMP's own invariants at each step.
@@ -54,6 +56,8 @@ class Settings:
     sequences: int = 6
     batch: int = 1
     growth: int = 0
+    admission: str = "growth"
+    victim: str = "last"
     cut: int = 0
     answer: int = 64
     verify: bool = True
@@ -137,7 +141,11 @@ def draw(seed: int, **changes: object) -> Stream:
         changes: Settings that are not left to chance.
     """
     rng = random.Random(seed)
-    settings = replace(draw_settings(rng), **changes)
+    rules = {
+        "admission": ("growth", "forecast")[seed % 2],
+        "victim": ("last", "cheapest")[seed // 2 % 2],
+    }
+    settings = replace(draw_settings(rng), **rules | changes)
     stream = Stream(settings)
     longest = settings.max_model_len - 1
     known: list[tuple[int, ...]] = [()]

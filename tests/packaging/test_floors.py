@@ -24,6 +24,7 @@ ENGINE = {
     "layout": {"entry"},
     "scheduler": {"entry", "layout"},
     "worker": {"entry", "layout", "handles"},
+    "offload": {"entry", "layout"},
     "handles": {"entry", "layout"},
     "cpu": {"entry", "layout"},
 }

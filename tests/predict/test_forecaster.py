@@ -333,7 +333,7 @@ def test_capped_answers_do_not_look_short(cap: int) -> None:
     expected = (np.array(lengths) > cap).mean()
     assert censored.arrive(100).survival(cap) == pytest.approx(expected, abs=0.06)
     assert naive.arrive(100).survival(cap) < 0.1  # the control
-    assert censored.ended < naive.ended
+    assert censored.score.answers < naive.score.answers
 
 
 def test_stopping_before_the_first_token_teaches_nothing() -> None:
@@ -435,3 +435,36 @@ def test_the_same_calls_give_the_same_bits(requests: list[tuple[int, int, int, i
             model.finish(forecast, length)
         found.append(curves)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_score_is_that_of_what_was_forecast(seed: int) -> None:
+    """Against each forecast's own quantiles and curves, one by one."""
+    found = LengthForecaster(LONGEST)
+    within, loss = [0, 0], 0.0
+    rng = np.random.default_rng(seed)
+    octaves = [0, *(2**power for power in range(12))]
+    for length in drawn(seed, 400):
+        forecast = found.arrive(int(rng.integers(1, 500)))
+        within[0] += length <= forecast.quantile(0.5)
+        within[1] += length <= forecast.quantile(0.9)
+        low = max(each for each in octaves if each < length)
+        loss -= math.log(
+            found.bins.at(forecast.curve, low) - found.bins.at(forecast.curve, max(2 * low, 1))
+        )
+        found.finish(forecast, length)
+    assert found.score.answers == 400
+    assert found.score.within == within
+    assert found.score.loss == pytest.approx(loss)
+    assert found.score.general_loss > 0
+
+
+def test_a_limit_ends_every_forecast() -> None:
+    found = LengthForecaster(LONGEST)
+    free, capped = found.arrive(100), found.arrive(100)
+    capped.cap(50)
+    for length in range(50):
+        assert capped.survival(length) <= free.survival(length) + 1e-12
+    assert capped.survival(64) == 0
+    assert free.survival(64) > 0
+    assert capped.quantile(0.999) <= 64

@@ -8,7 +8,6 @@ in ``[:count]``: its first so many requests.
 from __future__ import annotations
 
 import heapq
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,17 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from avmp_vllm.bench.inputs import InputError, read_table
+from avmp_vllm.bench.inputs import InputError
 from avmp_vllm.bench.prefix.trace import PAGE, Request, Run, requests_of, requests_of_blocks
+from avmp_vllm.bench.scheduler.loads import (
+    ALPACA_COLUMNS,
+    LOGNORMAL,
+    alpaca_lengths,
+    is_alpaca,
+    lognormal_lengths,
+)
 from avmp_vllm.bench.scheduler.traces import read_trace
 
-#: The drawn trace: log-normal answers, log-normal prompts that say nothing of them.
-LOGNORMAL = "lognormal"
-ANSWER_MEDIAN, ANSWER_SPREAD, ANSWER_CAP = 600.0, 1.0, 6000
-PROMPT_MEDIAN, PROMPT_SPREAD = 400.0, 1.0
 LOGNORMAL_REQUESTS = 8000
-#: Alpaca's file has lengths and no times; these are its columns, and the first is the default.
-ALPACA_COLUMNS = ("len_t0.7", "len_t0.5", "len_t0.3", "len_t0.0", "len_reference")
 #: Arrivals a second where a trace has no times, and conversations' pauses.
 RATE = 2.0
 CONVERSATION_RATE, PAUSE = 1.0, 30.0
@@ -126,24 +126,9 @@ def _of_requests(requests: Sequence[Request], part: int) -> list[Answer]:
     ]
 
 
-def _alpaca(path: Path, column: str, rng: np.random.Generator) -> list[Answer]:
-    clock, found = 0.0, []
-    for line, row in read_table(path, (column,)):
-        clock += float(rng.exponential(1 / RATE))
-        if not row[column].isdigit() or int(row[column]) < 1:
-            raise InputError(path, line, f"{column} = {row[column]!r} must be a length")
-        found.append(Answer(clock, 1, int(row[column])))
-    return found
-
-
-def _lognormal(count: int, rng: np.random.Generator) -> list[Answer]:
-    times = np.cumsum(rng.exponential(1 / RATE, count))
-    lengths = np.exp(rng.normal(math.log(ANSWER_MEDIAN), ANSWER_SPREAD, count))
-    prompts = np.exp(rng.normal(math.log(PROMPT_MEDIAN), PROMPT_SPREAD, count))
-    return [
-        Answer(float(time), max(1, round(prompt)), min(max(1, round(length)), ANSWER_CAP))
-        for time, prompt, length in zip(times, prompts, lengths, strict=True)
-    ]
+def _arrivals(count: int, rng: np.random.Generator) -> list[float]:
+    times: list[float] = np.cumsum(rng.exponential(1 / RATE, count)).tolist()
+    return times
 
 
 def _part(text: str, number: int, seed: int) -> list[Answer]:
@@ -153,11 +138,16 @@ def _part(text: str, number: int, seed: int) -> list[Answer]:
     name, limit = matched["name"], int(matched["count"] or 0)
     rng = np.random.default_rng([seed, number])
     if name == LOGNORMAL:
-        return _lognormal(limit or LOGNORMAL_REQUESTS, rng)
+        count = limit or LOGNORMAL_REQUESTS
+        times = _arrivals(count, rng)
+        lengths = lognormal_lengths(count, rng)
+        return [Answer(time, *each) for time, each in zip(times, lengths, strict=True)]
     file, _, column = name.partition("@")
     path = Path(file)
-    if path.suffix == ".csv" and _is_alpaca(path):
-        found = _alpaca(path, column or ALPACA_COLUMNS[0], rng)
+    if path.suffix == ".csv" and is_alpaca(path):
+        known = alpaca_lengths(path, column or ALPACA_COLUMNS[0])
+        times = _arrivals(len(known), rng)
+        found = [Answer(time, 1, each) for time, each in zip(times, known, strict=True)]
     else:
         trace = read_trace(path)
         if trace.conversations:
@@ -169,14 +159,6 @@ def _part(text: str, number: int, seed: int) -> list[Answer]:
         else:
             found = _of_requests(requests_of(trace.requests), number)
     return found[: limit or None]
-
-
-def _is_alpaca(path: Path) -> bool:
-    try:
-        with path.open(encoding="utf-8") as file:
-            return ALPACA_COLUMNS[-1] in file.readline()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(path, None, f"cannot be read: {error}") from error
 
 
 def load(names: str, seed: int) -> Load:

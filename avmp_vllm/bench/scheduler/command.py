@@ -12,8 +12,9 @@ import numpy as np
 
 from avmp_vllm.bench import results
 from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.scheduler.loads import Load, read_load
 from avmp_vllm.bench.scheduler.step_times import ALIASES, CARDS, DEFAULT, clock
-from avmp_vllm.bench.scheduler.traces import Trace, TraceRequest, read_trace
+from avmp_vllm.bench.scheduler.traces import TraceRequest
 from avmp_vllm.bench.statistics import SEED, ratio_of_means
 from avmp_vllm.bench.status import exit_status
 from avmp_vllm.bench.tables import table
@@ -24,8 +25,8 @@ from avmp_vllm.planner.plan import STATIC_RATIO
 
 #: ``stock-dense`` is stock with every state kept, its best setting where conversations go on;
 #: ``avmp-inside`` is AVMP with layers that save states inside of a chunk (Mamba-1 on CPU, and with
-#: ``kernels: handles``).
-_VARIANTS = ("stock", "stock-dense", "static", "avmp", "avmp-inside")
+#: ``kernels: handles``); ``oracle`` is AVMP with admission that knows every answer's length.
+_VARIANTS = ("stock", "stock-dense", "static", "avmp", "avmp-inside", "oracle")
 _DEFAULT_VARIANTS = ("stock", "static", "avmp")
 BENCHMARK = "scheduler"
 
@@ -51,14 +52,25 @@ _PERCENTILES = {"p50": 0, "p90": 1, "p99": 2}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's arguments."""
     parser.add_argument("--model", help="config.json, folder or hub name: sizes of the pages")
-    parser.add_argument("--trace", help=".csv, .jsonl or .json (ShareGPT)")
+    parser.add_argument(
+        "--trace",
+        help=".csv, .jsonl or .json (ShareGPT); lognormal; several with + between: a load that "
+        "drifts; each NAME, NAME[:COUNT] or NAME*FACTOR, arriving so many times as fast",
+    )
     parser.add_argument("--memory", type=parse_bytes, default=parse_bytes("5GiB"))
     parser.add_argument("--requests", type=int, default=1000, help="most requests a seed (1000)")
     parser.add_argument("--seeds", type=int, default=3, help="windows of the trace (3)")
     parser.add_argument("--scale", type=float, default=1.0, help="arrivals so many times as fast")
-    parser.add_argument("--rate", type=float, default=1.0, help="conversations a second (.json)")
+    parser.add_argument(
+        "--rate", type=float, default=1.0, help="arrivals a second, where the trace has no times"
+    )
     parser.add_argument("--pause", type=float, default=30.0, help="seconds between turns (.json)")
-    parser.add_argument("--variants", default=",".join(_DEFAULT_VARIANTS))
+    parser.add_argument(
+        "--variants",
+        default=",".join(_DEFAULT_VARIANTS),
+        help=f"of {', '.join(_VARIANTS)}; with options of AVMP's: avmp+growth_tokens=16",
+    )
+    parser.add_argument("--baseline", help="variant to compare with (stock at its best)")
     parser.add_argument("--static-ratio", type=float, default=STATIC_RATIO)
     parser.add_argument("--kv-dtype", default="auto")
     parser.add_argument("--state-dtype", default="auto")
@@ -102,6 +114,7 @@ _PARAMETERS = [
     "rate",
     "pause",
     "variants",
+    "baseline",
     "static_ratio",
     "kv_dtype",
     "state_dtype",
@@ -116,7 +129,7 @@ _PARAMETERS = [
     "async_scheduling",
 ]
 #: What the result file of an older version lacks.
-_ADDED = {"async_scheduling": False, "clock": "as given"}
+_ADDED = {"baseline": None, "async_scheduling": False, "clock": "as given"}
 
 
 def _validate(parameters: dict[str, Any]) -> tuple[str, ...]:
@@ -139,8 +152,11 @@ def _validate(parameters: dict[str, Any]) -> tuple[str, ...]:
             option = name.replace("_", "-")
             raise ShapeError(f"--{option} {parameters[name]}: must be more than 0")
     variants = tuple(parameters["variants"].split(","))
-    if unknown := [name for name in variants if name not in _VARIANTS]:
+    if unknown := [name for name in variants if name.partition("+")[0] not in _VARIANTS]:
         raise ShapeError(f"--variants {unknown[0]}: unknown; known: {', '.join(_VARIANTS)}")
+    baseline = parameters["baseline"]
+    if baseline is not None and baseline not in variants:
+        raise ShapeError(f"--baseline {baseline}: none of --variants {parameters['variants']}")
     return variants
 
 
@@ -150,7 +166,7 @@ def _validate_clock(parameters: dict[str, Any]) -> None:
         raise ShapeError("--step-ms, --token-us, --sequence-us: none below 0 and one above")
 
 
-def drawn(trace: Trace, parameters: dict[str, Any], seed: int) -> tuple[list[TraceRequest], int]:
+def drawn(trace: Load, parameters: dict[str, Any], seed: int) -> tuple[list[TraceRequest], int]:
     """A seed's requests, and how many of them were left out as longer than the limit."""
     found = trace.draw(
         seed,
@@ -165,7 +181,7 @@ def drawn(trace: Trace, parameters: dict[str, Any], seed: int) -> tuple[list[Tra
 
 def measure(
     shape: ModelShape,
-    trace: Trace,
+    trace: Load,
     parameters: dict[str, Any],
     journal: results.Journal,
     verify: bool = False,
@@ -178,10 +194,12 @@ def measure(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from tqdm import tqdm
 
-    from avmp_vllm.bench.scheduler.engines import Settings, build
+    from avmp_vllm.bench.scheduler.engines import Settings, build, options_of
     from avmp_vllm.bench.scheduler.replay import StepTime, replay
 
     variants = _validate(parameters)
+    for name in variants:
+        options_of(name)  # a wrong one is told before anything runs
     settings = Settings(
         memory=parameters["memory"],
         max_model_len=parameters["max_model_len"],
@@ -267,10 +285,11 @@ def report(
         table(head, rows),
     ]
     stocks = [name for name in variants if name.startswith("stock")]
-    if not stocks or len(variants) == 1:
+    best = parameters["baseline"]
+    if best is None and stocks:  # the rival at its best setting
+        best = max(stocks, key=lambda name: np.mean(_values(counts, timings, name, "hit_tokens")))
+    if best is None or len(variants) == 1:
         return blocks
-    # The rival at its best setting.
-    best = max(stocks, key=lambda name: np.mean(_values(counts, timings, name, "hit_tokens")))
     ratio_rows = []
     others = [name for name in variants if name != best]
     for key, more in RATIOS.items():
@@ -302,7 +321,7 @@ def _run(args: argparse.Namespace) -> int:
         found = clock(shape, args.card, args.step_times, given, args.active_parameters)
         parameters |= found.times | {"clock": found.source}
     _validate_clock(parameters)
-    trace = read_trace(Path(parameters["trace"]))
+    trace = read_load(parameters["trace"])
     with results.resuming(results.journal_of(output, args.check), parameters) as journal:
         counts, timings = measure(shape, trace, parameters, journal, args.verify)
         print("\n\n".join(report(parameters, counts, timings)))

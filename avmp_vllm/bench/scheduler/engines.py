@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import yaml
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import get_hash_fn_by_name
@@ -22,17 +23,19 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
+from avmp_vllm.bench.scheduler.oracle import OracleAdmission
 from avmp_vllm.bench.scheduler.static_arena import StaticArena
 from avmp_vllm.core import Arena, Geometry, Kind
 from avmp_vllm.core.capacity import StaticSplit, stock_block_tokens
 from avmp_vllm.engine.entry import minors
+from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError
 from avmp_vllm.engine.layout.arena import arena_config
 from avmp_vllm.engine.layout.groups import group_of
 from avmp_vllm.engine.layout.limits import blocks_per_request, fit_model_len
 from avmp_vllm.engine.layout.pages import CHECKPOINT_TOKENS
 from avmp_vllm.engine.scheduler.coordinator import DualPoolCoordinator
 from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
-from avmp_vllm.models.shapes import ModelShape
+from avmp_vllm.models.shapes import ModelShape, ShapeError
 from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
 _TORCH = {
@@ -95,6 +98,7 @@ class Engine:
         block_bytes: Of stock's blocks, 0 for the others.
         token_bytes: Of one token in one attention layer.
         state_bytes: Of one state in one SSM layer.
+        answers: Tokens of each request's answer by its name, for those who may know.
     """
 
     scheduler: Scheduler
@@ -103,6 +107,7 @@ class Engine:
     block_bytes: int
     token_bytes: int
     state_bytes: int
+    answers: dict[str, int] = field(default_factory=dict)
 
     def referenced_bytes(self) -> int:
         """Bytes of pages that running requests hold."""
@@ -243,12 +248,35 @@ def _make_static(scheduler: Scheduler, settings: Settings) -> StaticArena:
     return arena
 
 
+def options_of(variant: str) -> tuple[str, dict[str, Any]]:
+    """A variant's name, and AVMP's options behind it: ``avmp+growth_tokens=16+victim=cheapest``.
+
+    Raises:
+        ShapeError: An option without a value, or one that AVMP does not have.
+    """
+    name, *pairs = variant.split("+")
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ShapeError(f"--variants {variant}: {pair} is not OPTION=VALUE")
+        options[key] = yaml.safe_load(value)
+    if options and name.startswith("stock"):
+        raise ShapeError(f"--variants {variant}: {name} has none of AVMP's options")
+    try:
+        AVMPConfig.read(options)
+    except ConfigError as error:
+        raise ShapeError(f"--variants {variant}: {error}") from None
+    return name, options
+
+
 def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
     """Build a variant's scheduler.
 
     Raises:
         ValueError: The bytes hold no request of the longest length.
     """
+    variant, options = options_of(variant)
     vllm_config = _vllm_config(settings)
     cache = vllm_config.cache_config
     stock = variant.startswith("stock")
@@ -259,7 +287,7 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
     else:
         vllm_config.additional_config = {
             "block_manager": "avmp",
-            "avmp": {"verify": settings.verify},
+            "avmp": {"verify": settings.verify, **options},
         }
         kv, ssm = _specs(shape, settings)
         if variant == "avmp-inside":
@@ -289,6 +317,17 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
         arena = scheduler.kv_cache_manager.arena
     block_bytes = 0 if arena else config.kv_cache_tensors[0].size // config.num_blocks
     kv_dtype = settings.kv_dtype
-    return Engine(
+    engine = Engine(
         scheduler, hasher, arena, block_bytes, shape.token_bytes(kv_dtype), shape.state_bytes
     )
+    if variant == "oracle":
+        manager = scheduler.kv_cache_manager
+        manager.admission = OracleAdmission(
+            engine.answers,
+            manager.max_model_len,
+            manager.geometry,
+            manager.states_each,
+            0.0,
+            manager._held,
+        )
+    return engine

@@ -145,6 +145,7 @@ class _Replay:
             index, request = self.pending.popleft()
             name = str(index)
             self.answers[name] = [*request.output.token_ids()[:-1], STOP]
+            self.engine.answers[name] = len(self.answers[name])
             prompt = [token for segment in request.prompt for token in segment.token_ids()]
             # As vLLM sets it where a user sets nothing. The answer's length would tell the
             # scheduler when a request ends, which no scheduler knows.

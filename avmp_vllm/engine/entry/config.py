@@ -6,10 +6,12 @@ import difflib
 import os
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from avmp_vllm.engine.entry.sizes import read_bytes
 
 #: Values of ``--block-manager``.
 BLOCK_MANAGERS = ("default", "avmp")
@@ -17,11 +19,23 @@ BLOCK_MANAGERS = ("default", "avmp")
 #: Set in the environment of child processes, so that their plugin installs the seams as well.
 SELECTED = "AVMP_BLOCK_MANAGER"
 
+#: The method of ``LLM.collective_rpc`` that the engine core answers.
+MEMORY_METHOD = "avmp_memory"
+#: Options that mean something with one kind of admission alone.
+OF_ADMISSION = {"growth_tokens": "growth", "forecast_risk": "forecast"}
+
 #: Options that are gone, and what to do instead.
 REPLACED = {
     "tail_tokens": "set cut_tokens, the tokens that a state must be expected to spare later "
     "prompts for its own prompt to be cut"
 }
+
+
+#: Options that only an elastic arena has.
+ELASTIC = ("budget", "virtual_bytes", "chunk_bytes", "slack_bytes")
+
+#: Bytes, as a number or as a user writes them.
+Bytes = Annotated[int, BeforeValidator(read_bytes)]
 
 
 class ConfigError(ValueError):
@@ -41,8 +55,15 @@ class AVMPConfig(BaseModel):
             given.
         migration_batch: Least capacity that moves between the pools at once, in KV pages' worth of
             bytes.
-        growth_tokens: A request is admitted beside others only if each of those can still grow by
-            so many tokens, so that admissions do not end in preemptions.
+        admission: When a request is admitted beside others: if those can still grow by what their
+            answers are forecast to need, which is learned from those that ended (``forecast``), or
+            each by ``growth_tokens`` (``growth``).
+        growth_tokens: With ``admission: growth``, which it implies, so many tokens, so that admissions do not end in
+            preemptions.
+        forecast_risk: With ``admission: forecast``, room is kept for the mean need and so many
+            standard deviations.
+        victim: Whom vLLM preempts when bytes are short: the request with the fewest tokens to
+            compute again (``cheapest``), or the one that was admitted last (``last``).
         cut_tokens: With prefix caching, a prompt is cut to keep a state in the middle of it only
             if that is expected to spare later prompts at least so many tokens; about what can be
             computed in the time of one more step.
@@ -51,6 +72,17 @@ class AVMPConfig(BaseModel):
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
+        memory: Whether the whole arena has memory all the time (``fixed``), or just what requests
+            and the prefix cache hold (``elastic``).
+        budget: Bytes of an elastic arena that may have memory at most; can be changed while it
+            runs. Default: what vLLM leaves for the cache.
+        virtual_bytes: Addresses of an elastic arena, to which the budget can be raised. Default:
+            what vLLM leaves for the cache.
+        chunk_bytes: Bytes that get memory at a time. Default: the 256th part of the budget, from
+            2 MiB to 32 MiB.
+        slack_bytes: An elastic arena gives memory back when it has more than this beyond what is
+            held, and keeps half of it for growth. Default: the 16th part of the budget, at least
+            four chunks.
         verify: Check every invariant at every step (slow). ``AVMP_VERIFY=1`` does the same.
     """
 
@@ -59,10 +91,18 @@ class AVMPConfig(BaseModel):
     page_tokens: int | None = Field(default=None, ge=1)
     checkpoint_tokens: int | None = Field(default=None, ge=1)
     migration_batch: int = Field(default=128, ge=1)
+    admission: Literal["forecast", "growth"] = "forecast"
     growth_tokens: int = Field(default=64, ge=0)
+    forecast_risk: float = Field(default=1.25, ge=0, allow_inf_nan=False)
+    victim: Literal["cheapest", "last"] = "cheapest"
     cut_tokens: int = Field(default=400, ge=0)
     answer_tokens: int = Field(default=64, ge=0)
     kernels: Literal["auto", "resolved", "handles"] = "auto"
+    memory: Literal["fixed", "elastic"] = "fixed"
+    budget: Bytes | None = Field(default=None, ge=1)
+    virtual_bytes: Bytes | None = Field(default=None, ge=1)
+    chunk_bytes: Bytes | None = Field(default=None, ge=1)
+    slack_bytes: Bytes | None = Field(default=None, ge=0)
     verify: bool = False
 
     @classmethod
@@ -79,10 +119,27 @@ class AVMPConfig(BaseModel):
                 f'additional_config["avmp"] must be a mapping or the path of a YAML file, '
                 f"not {reprlib.repr(value)}"
             )
+        if "growth_tokens" in value and "admission" not in value:
+            value = {**value, "admission": OF_ADMISSION["growth_tokens"]}
         try:
             config = cls.model_validate(value)
         except ValidationError as error:
             raise ConfigError(_explain(error)) from None
+        for option in ELASTIC:
+            given = getattr(config, option)
+            if given is not None and config.memory == "fixed":
+                raise ConfigError(
+                    f'additional_config["avmp"]: option {option!r} = {given} needs '
+                    "memory: elastic; set that, or leave it out"
+                )
+        for key, admission in OF_ADMISSION.items():
+            given = getattr(config, key)
+            # What is read may be what was written from options that were read before.
+            if config.admission != admission and given != cls.model_fields[key].default:
+                raise ConfigError(
+                    f'additional_config["avmp"]: option {key!r} = {given} does nothing with '
+                    f"admission: {config.admission}; leave it out, or set admission: {admission}"
+                )
         if os.environ.get("AVMP_VERIFY", "") not in ("", "0"):
             config = config.model_copy(update={"verify": True})
         return config
@@ -125,7 +182,8 @@ def _explain(error: ValidationError) -> str:
             )
         else:
             given = reprlib.repr(problem["input"])
-            lines.append(f"option {key!r} = {given}: {problem['msg']}")
+            why = problem["msg"].removeprefix("Value error, ")
+            lines.append(f"option {key!r} = {given}: {why}")
     return 'additional_config["avmp"]: ' + "; ".join(lines)
 
 

@@ -74,7 +74,10 @@ def left_by(*refusals: type[ValueError]) -> Iterator[None]:
 
 
 def initialize_kv_caches(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap ``EngineCore._initialize_kv_caches``: leave the message of what is refused there."""
+    """Wrap ``EngineCore._initialize_kv_caches``: leave the message of what is refused there.
+
+    The scheduler is made of what it returns; that of an elastic arena reaches the workers by it.
+    """
     from avmp_vllm.core import ArenaTooSmall  # Only where AVMP is in charge.
 
     refusals = (ConfigError, ArenaTooSmall)
@@ -82,11 +85,14 @@ def initialize_kv_caches(stock: Callable[..., Any]) -> Callable[..., Any]:
     @left_by(*refusals)
     def wrapper(self: EngineCore, vllm_config: VllmConfig) -> Any:
         try:
-            return stock(self, vllm_config)
+            config = stock(self, vllm_config)
         except refusals:
             # Else the workers' shared memory stays, and a warning about it comes after the message.
             self.model_executor.shutdown()
             raise
+        if getattr(config, "elastic", None) is not None:
+            config.executor = self.model_executor
+        return config
 
     return wrapper
 

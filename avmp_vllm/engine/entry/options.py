@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
+from avmp_vllm.engine.entry import connectors
 from avmp_vllm.engine.entry.config import ConfigError, selected
 
 if TYPE_CHECKING:
@@ -43,20 +44,15 @@ REFUSALS = (
     Refusal(
         "--kv-transfer-config",
         lambda c: c.kv_transfer_config and c.kv_transfer_config.kv_connector,
-        _given,
-        "KV connectors and P/D transfer address pages by physical number, and AVMP moves pages",
+        lambda name: name is not None and name not in connectors.CONNECTORS,
+        "KV connectors and P/D transfer address pages by physical number, and AVMP moves pages; it "
+        f"serves {', '.join(connectors.CONNECTORS)}, which --kv-offloading-size chooses",
     ),
     Refusal(
-        "--kv-offloading-size",
-        lambda c: c.cache_config.kv_offloading_size,
-        _given,
-        "offloading works through a KV connector, which addresses pages by physical number",
-    ),
-    Refusal(
-        "--enable-sleep-mode",
-        lambda c: c.model_config.enable_sleep_mode,
-        _true,
-        "sleeping discards the arena behind the page table's back",
+        "--kv-offloading-backend",
+        lambda c: c.cache_config.kv_offloading_backend,
+        lambda backend: backend not in (None, "native"),
+        "it is a KV connector, and AVMP serves vLLM's own alone: native",
     ),
     Refusal(
         "--decode-context-parallel-size",
@@ -130,6 +126,7 @@ def refuse(vllm_config: VllmConfig) -> None:
                 f"{refusal.option} = {value} does not work with --block-manager avmp: "
                 f"{refusal.why}. Remove it, or use --block-manager default."
             )
+    connectors.refuse(vllm_config)
     config = selected(vllm_config.additional_config)
     by_handle = config is not None and config.kernels == "handles"
     if by_handle and not vllm_config.use_v2_model_runner:
@@ -143,6 +140,17 @@ def refuse(vllm_config: VllmConfig) -> None:
         raise ConfigError(
             f"--speculative-config {drafts.method} was not tried with --pipeline-parallel-size "
             f"{stages}: remove one of them"
+        )
+    if config is not None and config.memory == "elastic" and stages > 1:
+        raise ConfigError(
+            f"memory = 'elastic' does not work with --pipeline-parallel-size {stages}: its budget "
+            "is that of one arena; set memory to 'fixed'"
+        )
+    if vllm_config.kv_transfer_config is not None and stages > 1:
+        raise ConfigError(
+            f"--kv-transfer-config and --kv-offloading-size do not work with "
+            f"--pipeline-parallel-size {stages}: a transfer knows the pages of one stage; remove "
+            "one of them"
         )
     ahead = vllm_config.scheduler_config.async_scheduling
     if ahead and stages > 1 and not vllm_config.use_v2_model_runner:

@@ -85,8 +85,17 @@ ENGINE = (
         "EngineCore._initialize_kv_caches",
         "avmp_vllm.engine.layout.arena:initialize_kv_caches",
         ("self", "vllm_config"),
-        "what is refused is the last line that the user reads, pipeline stages before all else",
+        "what is refused is the last line that the user reads, pipeline stages before all else; an "
+        "elastic arena asks the workers for memory",
         "errors of the engine core handed to the process that started it",
+    ),
+    Seam(
+        "vllm.v1.engine.core",
+        "EngineCore.collective_rpc",
+        "avmp_vllm.engine.scheduler.commands:collective_rpc",
+        ("self", "method", "timeout", "args", "kwargs"),
+        "a user sets the budget of a running engine",
+        "utility methods of a plugin",
     ),
     Seam(
         "vllm.v1.engine.core",
@@ -141,8 +150,31 @@ ENGINE = (
     ),
 )
 
+#: Installed where vLLM's development endpoints are, in the process that serves them.
+API = (
+    Seam(
+        "vllm.entrypoints.serve",
+        "register_vllm_dev_api_routers",
+        "avmp_vllm.engine.entry.memory_api:register_dev_api_routers",
+        ("app",),
+        "an endpoint that shows and sets the budget of an elastic arena",
+        "endpoints of a plugin",
+    ),
+)
+
+_ALLOCATION = (
+    "avmp_vllm.engine.worker.elastic:allocate_kv_cache",
+    ("kv_cache_config", "device", "layout", "kernel_block_sizes"),
+    "an elastic arena is a range of addresses that has memory by parts",
+    "a cache that its worker allocates",
+)
+
+#: Installed with the V1 runner over an elastic arena alone.
+RUNNER_V1 = (Seam("vllm.v1.worker.gpu_model_runner", "allocate_kv_cache", *_ALLOCATION),)
+
 #: Installed with the V2 runner alone: its modules may only be imported in a worker.
 RUNNER_V2 = (
+    Seam("vllm.v1.worker.gpu.attn_utils", "allocate_kv_cache", *_ALLOCATION),
     Seam(
         "vllm.v1.worker.gpu.cudagraph_utils",
         "_init_minimal_kv_cache_for_profiling",

@@ -6,7 +6,9 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from avmp_vllm.engine.entry import last_line, options, seams
+from vllm import envs
+
+from avmp_vllm.engine.entry import connectors, last_line, options, seams
 from avmp_vllm.engine.entry.config import SELECTED, ConfigError, selected
 from avmp_vllm.engine.entry.minors import vllm_version
 from avmp_vllm.version import SUPPORTED_VLLM, SUPPORTED_VLLM_TEXT, minor_of
@@ -52,6 +54,8 @@ def create_engine_config(stock: Callable[..., Any]) -> Callable[..., Any]:
         # Child processes install the engine seams when they load their plugins.
         os.environ[SELECTED] = "avmp"
         seams.install(seams.ENGINE)
+        if envs.VLLM_SERVER_DEV_MODE:
+            seams.install(seams.API)
         if config.kernels == "handles":
             from avmp_vllm.engine.handles import selection as handle_kernels
 
@@ -85,5 +89,6 @@ def take_charge(vllm_config: VllmConfig) -> None:
             f"--scheduler-cls {scheduler.scheduler_cls}: AVMP brings its own scheduler class; "
             "remove the option, or use --block-manager default"
         )
+    connectors.take_charge(vllm_config.kv_transfer_config)
     parallel.worker_cls = WORKERS[parallel.worker_cls]
     scheduler.scheduler_cls = ASYNC_SCHEDULER if scheduler.async_scheduling else SCHEDULER

@@ -6,6 +6,7 @@ groups   which pool a layer's cache belongs to
 split    how wide a KV page is where several block tables share the pool
 stages   which layers each pipeline stage has
 arena    groups and tensors of an arena
+elastic  how much memory an elastic arena may have
 limits   what it must hold at least, and how many requests it holds at most
 capacity what fits, printed at start-up
 message  how a step's move plan travels

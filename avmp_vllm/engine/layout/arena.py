@@ -12,7 +12,7 @@ and all of them view the same buffer from byte 0, with plain strides::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,14 @@ from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.tables import Layout, Role, arena_geometry, place, round_up
 from avmp_vllm.engine.entry import last_line
 from avmp_vllm.engine.entry.config import selected
+from avmp_vllm.engine.layout.elastic import Elastic, elastic_sizes
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
-from avmp_vllm.engine.layout.limits import clamp_sequences, fit_model_len, refuse_drafts
+from avmp_vllm.engine.layout.limits import (
+    clamp_sequences,
+    fit_model_len,
+    refuse_drafts,
+    refuse_transfers,
+)
 from avmp_vllm.engine.layout.split import even_pages, in_cores_terms
 from avmp_vllm.engine.layout.stages import Stage, require_every_kind, stages_of
 
@@ -45,11 +51,15 @@ class AVMPCacheConfig(KVCacheConfig):
     the arena in this worker. ``num_blocks`` counts the KV view's pages. Being a class of this
     module, it survives the deep copies and the pickling that vLLM does. vLLM's scheduler sees one
     layer's spec of each group; ``stages`` has those of all layers of each pipeline stage.
+    ``elastic`` is None if the whole arena has memory. ``executor`` reaches the workers; the
+    scheduler's copy for an elastic arena alone has it.
     """
 
     geometry: Geometry | None = None
     stages: list[Stage] = field(default_factory=list)
     stage: int = 0
+    elastic: Elastic | None = None
+    executor: Any = None
 
     @property
     def own(self) -> Geometry:
@@ -68,6 +78,12 @@ class AVMPCacheConfig(KVCacheConfig):
     def layer_specs(self) -> dict[str, KVCacheSpec]:
         """Specs of all layers of the model, by name."""
         return {name: spec for stage in self.stages for name, spec in stage.specs.items()}
+
+    @property
+    def reserve(self) -> int:
+        """Least bytes of the gap when the engine starts."""
+        assert self.geometry is not None
+        return 0 if self.elastic is None else self.elastic.reserve(self.geometry)
 
     def num_blocks_of(self, tensor: KVCacheTensor) -> int:
         """Length of the view that a tensor describes."""
@@ -107,8 +123,9 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         if selected(vllm_config.additional_config) is None:
             return stock(vllm_config, kv_cache_specs, available_memory, *groups)
         stages = stages_of(kv_cache_specs, available_memory)
-        configs = arena_configs(vllm_config, stages)
+        configs = configs_for(vllm_config, stages)
         refuse_drafts(vllm_config, configs[0].layer_specs)
+        refuse_transfers(vllm_config, configs[0].layer_specs)
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, configs[0])
         return [
@@ -133,6 +150,36 @@ def get_global_kv_cache_groups(stock: Callable[..., Any]) -> Callable[..., Any]:
         return _groups(_block_tables(vllm_config, stages))
 
     return wrapper
+
+
+def configs_for(vllm_config: VllmConfig, stages: Sequence[Stage]) -> list[AVMPCacheConfig]:
+    """Lay each stage's layers out over the arena that the options ask for.
+
+    Args:
+        vllm_config: With AVMP's options.
+        stages: With the bytes that vLLM leaves for the cache. An elastic arena has one.
+
+    Raises:
+        ConfigError: A kind of layer that has no pool, or sizes that do not fit one another.
+        ArenaTooSmall: Not even one page of each kind.
+    """
+    options = selected(vllm_config.additional_config)
+    elastic = None if options is None else elastic_sizes(options, stages[0].arena_bytes)
+    if elastic is not None:
+        (stage,) = stages
+        stages = [replace(stage, arena_bytes=elastic.virtual_bytes)]
+    configs = arena_configs(vllm_config, stages)
+    for config in configs:
+        config.elastic = elastic
+    return configs
+
+
+def config_for(
+    vllm_config: VllmConfig, specs: Mapping[str, KVCacheSpec], available: int
+) -> AVMPCacheConfig:
+    """The same for the layers of one rank, with so many bytes for the cache."""
+    (config,) = configs_for(vllm_config, [Stage(specs, available)])
+    return config
 
 
 def arena_config(

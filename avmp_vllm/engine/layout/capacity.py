@@ -46,7 +46,7 @@ logger = init_logger("vllm." + __name__)
 
 def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> StockPlan | None:
     """Plan the same layers and bytes as stock vLLM does; None for layers that it cannot plan."""
-    specs = kv_cache_config.layer_specs
+    specs, elastic = kv_cache_config.layer_specs, kv_cache_config.elastic
     states = [spec for spec in specs.values() if isinstance(spec, MambaSpec)]
     slots = _attention(specs)
     tokens = stock_block_tokens(
@@ -69,7 +69,7 @@ def plan_stock(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> Sto
             stock.get_kv_cache_config_from_groups(
                 vllm_config,
                 stock._project_kv_cache_groups_to_worker(groups, stage.specs),
-                stage.arena_bytes,
+                elastic.budget if elastic else stage.arena_bytes,
             ).num_blocks
             for stage in kv_cache_config.stages
         )
@@ -176,8 +176,10 @@ def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[
         else "off"
     )
     first, *more, ssm = _layer_counts(kv_cache_config)
+    reserve = kv_cache_config.reserve
     lines = [
         f"AVMP arena: {geometry.arena_bytes:,} bytes, one buffer, two pools, no fixed split",
+        *_elastic_lines(kv_cache_config),
         f"  KV page    {geometry.page_bytes:>12,} bytes  {geometry.page_tokens} tokens of "
         f"{first} attention layers; at most "
         f"{geometry.page_limit:,} pages = {geometry.longest(0):,} tokens",
@@ -195,13 +197,27 @@ def describe(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> list[
     ]
     lengths = dict.fromkeys(min(length, longest) for length in (256, 4096, longest))
     for tokens in lengths:
-        fit = geometry.sequences(tokens, states)
+        fit = geometry.sequences(tokens, states, reserve)
         lines.append(
             f"  {tokens:>13,} {fit:>10,} {fit * tokens:>12,} "
             f"{f'{stock.sequences(tokens):,}' if stock else '-':>11}  "
             f"{binding_pool(geometry, tokens, states).name}"
         )
     return lines
+
+
+def _elastic_lines(kv_cache_config: AVMPCacheConfig) -> list[str]:
+    """What an elastic arena means for the figures; nothing for a fixed one."""
+    elastic, geometry = kv_cache_config.elastic, kv_cache_config.geometry
+    if elastic is None:
+        return []
+    assert geometry is not None
+    return [
+        f"  elastic: at most {elastic.budget:,} bytes of it have memory, in chunks of "
+        f"{elastic.chunk_bytes:,}; sequences below are those that fit into them",
+        f"  at rest: the null bytes of {geometry.null_bytes:,}, what the prefix cache holds, and "
+        f"the rest of their chunks; under load up to {elastic.slack_bytes:,} more than is held",
+    ]
 
 
 def update_kv_cache_capacity(stock: Callable[..., None]) -> Callable[..., None]:
@@ -215,7 +231,7 @@ def update_kv_cache_capacity(stock: Callable[..., None]) -> Callable[..., None]:
         assert geometry is not None
         longest = vllm_config.model_config.max_model_len
         states = states_per_sequence(vllm_config, kv_cache_config)
-        concurrency = geometry.concurrency(longest, states)
+        concurrency = geometry.concurrency(longest, states, kv_cache_config.reserve)
         cache = vllm_config.cache_config
         cache.kv_cache_max_concurrency = concurrency
         cache.kv_cache_size_tokens = int(concurrency * longest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -14,9 +15,10 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
+from avmp_vllm.core.extents import budget_for
 from avmp_vllm.core.tables import Role
 from avmp_vllm.engine.entry.config import ConfigError
-from avmp_vllm.engine.layout.groups import state_spec
+from avmp_vllm.engine.layout.groups import role_of, state_spec
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -58,6 +60,24 @@ def refuse_drafts(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) ->
             )
 
 
+def refuse_transfers(vllm_config: VllmConfig, layers: Mapping[str, KVCacheSpec]) -> None:
+    """Refuse a KV connector for caches that it was not tried with.
+
+    Raises:
+        ConfigError: Naming the layer.
+    """
+    transfer = vllm_config.kv_transfer_config
+    if transfer is None or transfer.kv_connector is None:
+        return
+    for name, spec in layers.items():
+        if role_of(name, spec) in (Role.WINDOW, Role.RING):
+            raise ConfigError(
+                f"--kv-transfer-config with kv_connector = {transfer.kv_connector}: layer {name} "
+                f"keeps a {type(spec).__name__}, and only layers with a slot for every token were "
+                "tried with a connector; remove the option"
+            )
+
+
 def blocks_per_request(spec: MambaSpec, steps: int) -> int:
     """Most SSM blocks that one request must be able to hold at a time.
 
@@ -86,12 +106,20 @@ def fit_model_len(vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig) -> 
     model, geometry = vllm_config.model_config, kv_cache_config.geometry
     assert geometry is not None
     blocks = blocks_per_request(state_spec(kv_cache_config), vllm_config.max_concurrent_batches)
+    reserve = kv_cache_config.reserve
     if model.original_max_model_len == -1:
-        longest = geometry.longest(blocks)
+        longest = geometry.longest(blocks, reserve)
         if 0 < longest < model.max_model_len:
             logger.info("AVMP: max_model_len reduced to %d, which the arena holds", longest)
             model.max_model_len = longest
-    geometry.require_one_request(model.max_model_len, blocks)
+    geometry.require_one_request(model.max_model_len, blocks, reserve)
+    elastic = kv_cache_config.elastic
+    if elastic is not None:
+        used = geometry.pages_for(model.max_model_len) * geometry.page_bytes
+        used += blocks * geometry.block_bytes
+        gap = geometry.usable_bytes(used)
+        least = budget_for(geometry.high_end, gap, elastic.chunk_bytes)
+        kv_cache_config.elastic = replace(elastic, least_budget=least)
 
 
 def most_sequences(kv_cache_config: AVMPCacheConfig) -> int:

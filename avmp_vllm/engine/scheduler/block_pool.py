@@ -224,8 +224,8 @@ class AVMPBlockPool(BlockPool):
     def unpin_blocks(
         self, blocks: Iterable[KVCacheBlock], on_reuse: Callable[[KVCacheBlock], None]
     ) -> None:
-        """Not offered: only KV connectors need it, and those are refused at start-up."""
-        raise NotImplementedError("AVMP does not support KV connectors")
+        """Not offered: no KV connector that AVMP serves needs it."""
+        raise NotImplementedError("AVMP serves no KV connector that unpins blocks")
 
     def referenced(self) -> list[int]:
         """Handles of all referenced blocks, for verification."""

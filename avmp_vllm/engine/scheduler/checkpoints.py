@@ -33,6 +33,7 @@ class Visit:
         turns: States before its own in its conversation.
         found: The record of the state that it began with.
         answer: The state that moves on with its answer.
+        loaded: Where the state stands that a connector brings, 0 if none does.
     """
 
     node: Node
@@ -41,6 +42,7 @@ class Visit:
     turns: int
     found: Record | None = None
     answer: Node | None = None
+    loaded: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,13 @@ class Checkpoints:
                 return record
         return None
 
-    def begin(self, request_id: str, state: KVCacheBlock | None) -> None:
+    def begin(self, request_id: str, state: KVCacheBlock | None, loaded: int = 0) -> None:
         """A request that waited runs, if it does not already.
 
         Args:
             request_id: Whose intent is carried out.
             state: The block that it resumes from, None if it begins at its first token.
+            loaded: Where the state stands that a connector brings beyond that, 0 if none does.
         """
         if request_id in self._visits:
             return
@@ -165,6 +168,8 @@ class Checkpoints:
             turns = found.next_turns
         visit = Visit(node, dict(intent.stops.made), request.num_prompt_tokens, turns, found)
         self._visits[request.request_id] = visit
+        if loaded:
+            self._expect_loaded(request, visit, loaded)
         if not request.num_preemptions:
             keeper.tick()
             if intent.deepest is not None:
@@ -175,6 +180,18 @@ class Checkpoints:
             for position, origin in intent.stops.refused.items():
                 keeper.record(hashes[position // page - 1], origin, turns, position)
         keeper.step_on(node)
+
+    def _expect_loaded(self, request: Request, visit: Visit, position: int) -> None:
+        """Keep the state that a connector brings for a request, if that pays.
+
+        If it was kept here before, it goes on as what it was.
+        """
+        record = self.keeper.gone(request.block_hashes[position // self._page_tokens - 1])
+        origin = Origin.TAIL if record is None else record.origin
+        spared = position - visit.node.position
+        if self.keeper.pays(origin, visit.turns, spared, False, position):
+            visit.stops = {position: origin}
+            visit.loaded = position
 
     def leave(self, request_id: str) -> None:
         """A request's blocks go: it has ended, or begins anew later."""
@@ -187,7 +204,14 @@ class Checkpoints:
         """Positions inside of a request's chunk whose states are to be made, in ascending order."""
         visit = self._visits.get(request_id)
         stops = visit.stops if visit is not None else self._intents[request_id][1].stops.made
+        if not stops:
+            return []
         return sorted(stop for stop in stops if start < stop < end)
+
+    def prompt_end(self, request_id: str) -> int:
+        """Tokens of a running request's prompt."""
+        visit = self._visits.get(request_id)
+        return visit.prompt if visit is not None else 0
 
     def wants(self, request_id: str, position: int) -> bool:
         """Whether a request's state at a position is to be kept."""
@@ -242,13 +266,17 @@ class Checkpoints:
         self.pages.update(own)
         keeper.keep(record, node)
         keeper.step_on(node)
-        if origin is Origin.ANSWER:
+        if position == visit.loaded:
+            found, visit.found = visit.found, record
+        else:
+            found = visit.found
+        if origin is Origin.ANSWER and position != visit.loaded:
             before, visit.answer = visit.answer, node
             if before is not None and before.state is not None:
                 self._withdraw(before)
         self._drop(keeper.step_off(below))
-        if visit.found is not None:
-            keeper.went_on(visit.found)
+        if found is not None:
+            keeper.went_on(found)
 
     def _withdraw(self, node: Node) -> None:
         """Take a state out of the cache whose request has moved it on."""

@@ -22,12 +22,14 @@ from vllm.v1.core.kv_cache_coordinator import (
 from avmp_vllm.core import Arena, Kind, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role
+from avmp_vllm.core.transfers import NotingArena
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec, role_of, state_spec
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.checkpoints import Checkpoints
+from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.state_manager import ROLE, StateManager
 from avmp_vllm.engine.scheduler.state_pool import StatePool
 
@@ -63,6 +65,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
     Args:
         kv_cache_config: The arena's configuration.
         config: AVMP's options.
+        transfers: Whether a KV connector reads and writes pages beside the model.
         kwargs: Of vLLM's coordinator.
 
     Attributes:
@@ -72,17 +75,30 @@ class DualPoolCoordinator(KVCacheCoordinator):
         checkpoints: What decides which states are kept; None without prefix caching, and where a
             retention interval is given, which decides instead.
         kinds: Of each cache group.
+        local_state: At the end of the local hit that a connector goes on with, if there is one.
     """
 
     block_pool: BlockPool
 
-    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        config: AVMPConfig,
+        transfers: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         assert kv_cache_config.geometry is not None
-        self.arena = Arena(
-            kv_cache_config.geometry, migration_batch=config.migration_batch, on_evict=self._evict
+        elastic = kv_cache_config.elastic
+        self.arena = (NotingArena if transfers else Arena)(
+            kv_cache_config.geometry,
+            migration_batch=config.migration_batch,
+            on_evict=self._evict,
+            chunk_bytes=None if elastic is None else elastic.chunk_bytes,
         )
+        #: Set by the manager if the arena is elastic.
+        self.memory: ArenaMemory | None = None
         stock = self.block_pool
         self.pools = {
             kind: POOLS[kind](
@@ -106,7 +122,14 @@ class DualPoolCoordinator(KVCacheCoordinator):
         for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
             manager.block_pool = self.pools[kind]
             manager._null_block = self.pools[kind].null_block
+        self._state_managers = [
+            manager for manager in self.single_type_managers if isinstance(manager, StateManager)
+        ]
         self.checkpoints: Checkpoints | None = None
+        self.local_state: KVCacheBlock | None = None
+        for manager in self.single_type_managers:
+            if isinstance(manager, StateManager):
+                manager.offers = transfers
         #: Groups with a page for every so many tokens, which a prefix hit needs all of.
         self.slots = self._slot_groups()
         # A drafter that reads the target's hidden states computes the page behind a hit again, so a
@@ -149,10 +172,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
         self.states.checkpoints = self.checkpoints
         managers = self.single_type_managers
         self._held_states = managers[self.kinds.index(Kind.SSM)].req_to_blocks
-        for manager in managers:
-            if isinstance(manager, StateManager):
-                manager.checkpoints = self.checkpoints
-                manager.tables = [managers[index].req_to_blocks for index in self.slots]
+        for manager in self._state_managers:
+            manager.checkpoints = self.checkpoints
+            manager.tables = [managers[index].req_to_blocks for index in self.slots]
 
     def _evict(self, handles: Sequence[int]) -> None:
         self.pools[kind_of(handles[0])].evict(handles)
@@ -195,6 +217,9 @@ class DualPoolCoordinator(KVCacheCoordinator):
             )
         pages, blocks = need[Kind.KV], need[Kind.SSM]
         arena = self.arena
+        if self.memory is not None:
+            cached = self._cached(new_computed_blocks)
+            self.memory.make_room(pages, blocks, (cached[Kind.KV], cached[Kind.SSM]))
         if not apply_admission_cap and not arena.fits(pages, blocks):
             blocks = need[Kind.SSM] = blocks - self._forgo(request_id)
         if not arena.fits(pages, blocks):
@@ -202,23 +227,53 @@ class DualPoolCoordinator(KVCacheCoordinator):
             if not apply_admission_cap and blocks <= arena.geometry.block_limit:
                 arena.note_failure(pages, blocks)
             return NOT_NOW
-        geometry = arena.geometry
-        in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
         if not apply_admission_cap:
             # What is cached is referenced before anything is allocated, and needs no free page.
-            for manager, kind, computed in zip(
-                self.single_type_managers, self.kinds, new_computed_blocks, strict=True
-            ):
-                need[kind] -= manager._get_num_evictable_blocks(computed)
-            self._next = need[Kind.KV], need[Kind.SSM]
+            cached = self._cached(new_computed_blocks)
+            self._next = pages - cached[Kind.KV], blocks - cached[Kind.SSM]
+            # These must fit now, but can go again as soon as the step has been scheduled, so that
+            # they keep nobody out for whom vLLM wants a reserve kept.
+            for state_manager in self._state_managers:
+                blocks -= state_manager.passing(request_id)
+        geometry = arena.geometry
+        in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
         return min(in_pages, arena.available(Kind.KV))
+
+    def _cached(self, computed: tuple[Sequence[KVCacheBlock], ...]) -> dict[Kind, int]:
+        """How many of a hit's pages nobody references, by kind."""
+        cached = dict.fromkeys(Kind, 0)
+        for manager, kind, blocks in zip(
+            self.single_type_managers, self.kinds, computed, strict=True
+        ):
+            cached[kind] += manager._get_num_evictable_blocks(blocks)
+        return cached
 
     def _forgo(self, request_id: str) -> int:
         """Give up the states that a step would save for others; how many blocks that spares."""
-        return sum(
-            manager.forgo(request_id)
-            for manager in self.single_type_managers
-            if isinstance(manager, StateManager)
+        return sum(manager.forgo(request_id) for manager in self._state_managers)
+
+    def allocate_new_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: tuple[Sequence[KVCacheBlock], ...],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+        skip_zeroing_group_ids: tuple[int, ...] = (),
+    ) -> None:
+        """Reference a prefix that was found, and allocate what a connector is to load."""
+        if num_external_computed_tokens:
+            self._next = 0, 0  # all of it is allocated here, one manager after the other
+            state, self.local_state = self.local_state, None
+            if self.checkpoints is not None:
+                # First: what the request builds upon must not go for its own blocks.
+                end = num_local_computed_tokens + num_external_computed_tokens
+                self.checkpoints.begin(request_id, state, loaded=end)
+        super().allocate_new_computed_blocks(
+            request_id,
+            new_computed_blocks,
+            num_local_computed_tokens,
+            num_external_computed_tokens,
+            skip_zeroing_group_ids,
         )
 
     def allocate_new_blocks(

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
+from vllm.v1.request import RequestStatus
 
 from avmp_vllm.core import Copy, Geometry, InvariantViolation, Kind, MovePlan, Save, kind_of
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.groups import state_spec
+from avmp_vllm.engine.scheduler.admission import ForecastAdmission, GrowthAdmission, growing
 from avmp_vllm.engine.scheduler.coordinator import (
     AVMPCoordinator,
     AVMPCoordinatorNoPrefixCache,
     without_blocks,
 )
+from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.state_manager import StateManager
+from avmp_vllm.engine.scheduler.victims import Victims
+from avmp_vllm.predict import LengthForecaster
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
@@ -32,12 +39,20 @@ class AVMPBlockSpaceManager(KVCacheManager):
     Args:
         kv_cache_config: The arena's configuration.
         config: AVMP's options.
+        transfers: Whether a KV connector reads and writes pages beside the model.
         kwargs: Of ``KVCacheManager``.
     """
 
     block_pool: AVMPBlockPool
 
-    def __init__(self, kv_cache_config: AVMPCacheConfig, config: AVMPConfig, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        kv_cache_config: AVMPCacheConfig,
+        config: AVMPConfig,
+        *,
+        transfers: bool = False,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(without_blocks(kv_cache_config), **kwargs)
         self.kv_cache_config = kv_cache_config
         self.config = config
@@ -52,6 +67,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
             "hash_block_size": kwargs["hash_block_size"],
             "metrics_collector": self.metrics_collector,
             "num_prefill_lookahead": kwargs["num_prefill_lookahead"],
+            "transfers": transfers,
             **minors.hash_lookahead(self.block_pool),
         }
         self.coordinator = (
@@ -60,24 +76,53 @@ class AVMPBlockSpaceManager(KVCacheManager):
             else AVMPCoordinatorNoPrefixCache(kv_cache_config, config, **common)
         )
         self.arena = self.coordinator.arena
+        self.memory = None
+        if kv_cache_config.elastic is not None:
+            self.memory = ArenaMemory(
+                self.arena, kv_cache_config.elastic, lambda: self.take_move_plan(None)
+            )
+            self.coordinator.memory = self.memory
         self.block_pool = self.coordinator.block_pool
         self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
-        if self.enable_caching:
-            # A running state moves to a new block at each checkpoint, and frees the old one after.
-            self._watermark += ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
-        # A ring does not grow.
-        self._growth_pages = sum(
-            ceil_div(config.growth_tokens, group.page_tokens)
-            for group in self.geometry.groups
-            if group.most != 1
+        # A running state moves to a new block at each checkpoint, and frees the old one after.
+        self._move_pages = (
+            ceil_div(self.geometry.block_bytes, self.geometry.page_bytes)
+            if self.enable_caching
+            else 0
         )
-        self._holders = self.coordinator.single_type_managers[
+        self._held = self.coordinator.single_type_managers[
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks
         self.checkpoints = self.coordinator.checkpoints
+        self.admission = self._admission()
+        self.victims = Victims() if config.victim == "cheapest" else None
+        geometry = self.geometry
+        self._growing = [group.page_tokens for group in growing(geometry)]
+        self._most_each = len(self._growing) + ceil_div(geometry.block_bytes, geometry.page_bytes)
+        #: Tokens computed a second time, after preemptions.
+        self.recomputed = 0
+        self._computed_before: dict[str, int] = {}
         self._plans = 0
         self._copies: list[Copy] = []
         self._saves: list[Save] = []
+
+    def _admission(self) -> GrowthAdmission:
+        """What decides how much room newcomers leave."""
+        config = self.config
+        if config.admission == "growth":
+            return GrowthAdmission(self.geometry, config.growth_tokens, self._held)
+        return ForecastAdmission(
+            LengthForecaster(self.max_model_len),
+            self.geometry,
+            self.states_each,
+            config.forecast_risk,
+            self._held,
+        )
+
+    @property
+    def states_each(self) -> int:
+        """Blocks of states that a running request holds."""
+        return 1 + state_spec(self.kv_cache_config).num_speculative_blocks
 
     @property
     def geometry(self) -> Geometry:
@@ -87,32 +132,157 @@ class AVMPBlockSpaceManager(KVCacheManager):
     @property
     def usage(self) -> float:
         """Share of the arena's usable bytes that are referenced, 0 to 1."""
-        geometry = self.geometry
+        geometry, memory = self.geometry, self.memory
         used = sum(self.arena.used(kind) * geometry.unit(kind) for kind in Kind)
-        return used / (geometry.high_end - geometry.null_end)
+        reserve = 0 if memory is None else memory.elastic.reserve(geometry, memory.budget)
+        return used / geometry.usable_bytes(reserve)
 
-    def allocate_slots(self, request: Request, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
+    def allocate_slots(
+        self,
+        request: Request,
+        num_new_tokens: int,
+        num_new_computed_tokens: int = 0,
+        new_computed_blocks: KVCacheBlocks | None = None,
+        num_lookahead_tokens: int = 0,
+        num_external_computed_tokens: int = 0,
+        *args: Any,
+        has_scheduled_reqs: bool = True,
+        **kwargs: Any,
+    ) -> KVCacheBlocks | None:
         """Give a request its next slots, as ``KVCacheManager`` does.
 
-        vLLM keeps a watermark free when it admits a request beside others. Exact pages leave a
-        request no slack to grow into, so the watermark here has room for those that run: without it
-        the last page would go to a newcomer, and the next token of anybody else would preempt.
+        vLLM keeps a watermark free when it admits a request beside others. Here it has room for
+        what those may still need.
         """
-        self.watermark_blocks = self._watermark + len(self._holders) * self._growth_pages
+        waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        hit = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens
+        growth = self._watermark
+        if waits and has_scheduled_reqs:
+            room = self.admission.room(request)
+            if room is None:
+                return None
+            growth += room
+        self.watermark_blocks = growth + self._move_pages
         if self.checkpoints is not None:
             self.checkpoints.expect(request)
-        return super().allocate_slots(request, *args, **kwargs)
+        if self.memory is not None:
+            # One more: vLLM counts in whole pages what a state takes of the others' bytes.
+            self.memory.headroom = self.watermark_blocks + 1 if waits else 0
+        if num_external_computed_tokens and new_computed_blocks is not None:
+            new_computed_blocks = self._continued_from_outside(request, new_computed_blocks, hit)
+        allocate = partial(
+            super().allocate_slots,
+            request,
+            num_new_tokens,
+            num_new_computed_tokens,
+            new_computed_blocks,
+            num_lookahead_tokens,
+            num_external_computed_tokens,
+            *args,
+            has_scheduled_reqs=has_scheduled_reqs,
+            **kwargs,
+        )
+        blocks = allocate()
+        if blocks is None and waits and self._may_do_without_move(growth):
+            self.watermark_blocks = growth
+            if self.memory is not None:
+                self.memory.headroom = growth + 1
+            blocks = allocate()
+        if waits and blocks is None:
+            self.admission.refused(request)
+        elif waits:
+            self._admitted(request, hit, hit + num_new_tokens)
+        return blocks
+
+    def _may_do_without_move(self, growth: int) -> bool:
+        """Whether a newcomer that was refused needs to leave no block for a state that moves.
+
+        Where a state is a large part of the arena, one that is kept free is a request less.
+        """
+        return (
+            self.checkpoints is not None
+            # A newcomer needs a state of its own.
+            and self._available_pages >= growth + self._move_pages > growth
+            and not any(
+                manager.moves(self.config.growth_tokens)
+                for manager in self.coordinator.single_type_managers
+                if isinstance(manager, StateManager)
+            )
+        )
+
+    def _admitted(self, request: Request, hit: int, tokens: int) -> None:
+        """A request that waited runs, or a connector loads what it begins with."""
+        self.admission.admitted(request, hit, tokens)
+        self.recomputed += max(self._computed_before.pop(request.request_id, 0) - hit, 0)
+        if self.victims is not None:
+            self.victims.admitted(request)
+
+    @property
+    def _available_pages(self) -> int:
+        """KV pages that could be referenced now, with all memory that may exist."""
+        if self.memory is None:
+            return self.arena.available(Kind.KV)
+        return self.memory.available_pages()
+
+    def _continued_from_outside(
+        self, request: Request, hit: KVCacheBlocks, end: int
+    ) -> KVCacheBlocks:
+        """A local hit that a connector goes on with: its pages, and not its state.
+
+        Args:
+            request: Whose hit it is.
+            hit: Its blocks by cache group.
+            end: Tokens of the prefix that is there when the connector's load has ended; the state
+                of those is what it brings.
+        """
+        states = [
+            group[-1]
+            for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
+            if kind is Kind.SSM and group
+        ]
+        self.coordinator.local_state = states[0] if states else None
+        if self.checkpoints is not None:
+            self.checkpoints.intend(request, end, ())
+        return self.create_kv_cache_blocks(
+            tuple(
+                [] if kind is Kind.SSM else list(group)
+                for group, kind in zip(hit.blocks, self.coordinator.kinds, strict=True)
+            )
+        )
+
+    def preempted(self, request: Request) -> None:
+        """A request is about to lose its blocks to others."""
+        self._computed_before[request.request_id] = request.num_computed_tokens
+
+    def may_fall_short(self, running: int, tokens: int) -> bool:
+        """Whether a step might need more than there is.
+
+        Args:
+            running: Requests that run; each might take a page of every group and a state.
+            tokens: That these get slots for at most.
+        """
+        return self._available_pages < running * self._most_each + sum(
+            ceil_div(tokens, page_tokens) for page_tokens in self._growing
+        )
+
+    def _leave(self, request: Request) -> None:
+        """A request's blocks go."""
+        if self.checkpoints is not None:
+            self.checkpoints.leave(request.request_id)
+        self.admission.left(request)
+        if self.victims is not None:
+            self.victims.left(request)
+        if request.is_finished():
+            self._computed_before.pop(request.request_id, None)
 
     def free(self, request: Request) -> None:
         """Free a request's blocks; those that no kept state needs do not stay in the cache."""
-        if self.checkpoints is not None:
-            self.checkpoints.leave(request.request_id)
+        self._leave(request)
         super().free(request)
 
     def pop_blocks_for_free(self, request: Request) -> list[KVCacheBlock]:
         """Take a request's blocks, which the caller frees later."""
-        if self.checkpoints is not None:
-            self.checkpoints.leave(request.request_id)
+        self._leave(request)
         return super().pop_blocks_for_free(request)
 
     def take_kv_cache_block_copies(self) -> tuple[list[KVCacheBlockCopy], list[KVCacheBlock]]:
@@ -150,11 +320,15 @@ class AVMPBlockSpaceManager(KVCacheManager):
         zeros = [arena.physical(handle) for handle in to_zero or () if arena.inside(handle)]
         copies, self._copies = self._copies, []
         saves, self._saves = self._saves, []
-        if not (relocations or zeros or copies or saves or self.config.verify):
+        extents = arena.take_extents()
+        if not (relocations or zeros or copies or saves or extents or self.config.verify):
             return None
         self._plans += 1
         digest = arena.digest() if self.config.verify else None
-        return MovePlan(self._plans, relocations, zeros, copies, digest, saves)
+        stages, after = extents or ((), None)
+        return MovePlan(
+            self._plans, relocations, zeros, copies, digest, saves, stages=stages, after=after
+        )
 
     def take_events(self) -> list[KVCacheEvent]:
         """Take the cache events of both pools."""
@@ -211,6 +385,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
                 if cached != (block.block_hash is not None):
                     found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
         found += self.coordinator.states.misplaced()
+        if self.memory is not None:
+            found += self.memory.problems()
         if self.checkpoints is not None:
             found += self.checkpoints.problems()
         for manager in self.coordinator.single_type_managers:

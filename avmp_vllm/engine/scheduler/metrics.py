@@ -1,8 +1,8 @@
 """AVMP's counters in Prometheus and in the periodic log line.
 
 The scheduler's statistics cross processes in a message whose fields vLLM fixes. One of them is a
-free mapping for KV connectors, which AVMP refuses, so it is free to carry AVMP's counters; the
-logger takes them out before vLLM's own loggers see the message.
+mapping for what a KV connector counts. AVMP's counters travel in it under a key of their own, which
+the logger takes out before vLLM's own loggers see the message.
 """
 
 from __future__ import annotations
@@ -18,13 +18,16 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 from avmp_vllm.core import Arena, Kind
 from avmp_vllm.core.keeper import Origin
 from avmp_vllm.engine.entry.config import selected
+from avmp_vllm.engine.layout.message import CALLS, WorkerMemory
 from avmp_vllm.engine.scheduler.state_manager import COPY_CAUSES, StateManager
+from avmp_vllm.predict.score import SHARES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
     from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
+    from avmp_vllm.engine.scheduler.memory import ArenaMemory
 
 logger = init_logger("vllm." + __name__)
 
@@ -37,6 +40,9 @@ SERIES: dict[str, tuple[str, ...]] = {
     "direction": tuple(f"{kind.other.label}_to_{kind.label}" for kind in Kind),
     "state": tuple(origin.value for origin in Origin),
     "cause": COPY_CAUSES,
+    "call": CALLS,
+    "share": tuple(f"{share:g}" for share in SHARES),
+    "forecast": ("mixture", "general"),
     "": ("",),
 }
 
@@ -49,12 +55,14 @@ class Metric(NamedTuple):
         text: What it is.
         label: What tells its series apart, a key of ``SERIES``.
         read: Values of its series.
+        elastic: Whether only an elastic arena has it.
     """
 
     name: str
     text: str
     label: str
     read: Callable[[AVMPBlockSpaceManager], Sequence[float]]
+    elastic: bool = False
 
     @property
     def series(self) -> tuple[str, ...]:
@@ -93,6 +101,28 @@ def _copied(manager: AVMPBlockSpaceManager) -> list[int]:
     return [sum(one[cause] for one in copied) for cause in COPY_CAUSES]
 
 
+def _memory(name: str, text: str, read: Callable[[ArenaMemory], float]) -> Metric:
+    """A metric of an elastic arena's memory."""
+
+    def value(manager: AVMPBlockSpaceManager) -> Sequence[float]:
+        assert manager.memory is not None
+        return [read(manager.memory)]
+
+    return Metric(name, text, "", value, elastic=True)
+
+
+def _worker(
+    name: str, text: str, read: Callable[[WorkerMemory], Sequence[float]], label: str = ""
+) -> Metric:
+    """A metric of the memory in the workers, of the rank that has the most of it."""
+
+    def values(manager: AVMPBlockSpaceManager) -> Sequence[float]:
+        assert manager.memory is not None
+        return read(max(manager.memory.workers))
+
+    return Metric(name, text, label, values, elastic=True)
+
+
 GAUGES: tuple[Metric, ...] = (
     _arena("pages_used", "Pages that requests reference.", lambda a, k: a.used(k)),
     _arena("pages_cached", "Unreferenced pages kept for prefix hits.", lambda a, k: a.cached(k)),
@@ -113,6 +143,19 @@ GAUGES: tuple[Metric, ...] = (
         "Prompt tokens that a GiB of what was given up lately would have spared, a request.",
         "",
         _price,
+    ),
+    _memory("memory_budget_bytes", "Bytes that may have memory at most.", lambda m: m.budget),
+    _memory("memory_backed_bytes", "Bytes that have memory.", lambda m: m.exists),
+    _memory(
+        "memory_handles",
+        "Chunks of memory that exist.",
+        lambda m: m.exists // m.elastic.chunk_bytes,
+    ),
+    Metric(
+        "reserve_pages",
+        "KV pages that the latest newcomer had to leave free for those that run.",
+        "",
+        lambda manager: [manager.admission.reserve],
     ),
 )
 COUNTERS: tuple[Metric, ...] = (
@@ -158,8 +201,43 @@ COUNTERS: tuple[Metric, ...] = (
         "cause",
         lambda manager: [count * manager.geometry.block_bytes for count in _copied(manager)],
     ),
+    _worker("driver_calls", "Calls of the memory driver.", lambda w: w.calls, "call"),
+    _worker("memory_given_back_bytes", "Bytes given back.", lambda w: [w.given_back]),
+    _worker("memory_fence_waits", "Steps that waited for memory.", lambda w: [w.fence_waits]),
+    Metric(
+        "admission_refusals",
+        "Times that a request had to go on waiting for room.",
+        "",
+        lambda manager: [manager.admission.refusals],
+    ),
+    Metric(
+        "recomputed_tokens",
+        "Tokens that were computed a second time, after preemptions.",
+        "",
+        lambda manager: [manager.recomputed],
+    ),
+    Metric(
+        "forecasts",
+        "Answers that ended by themselves, and whose lengths had been forecast.",
+        "",
+        lambda manager: [manager.admission.score.answers],
+    ),
+    Metric(
+        "forecasts_within",
+        "Of these, answers within the length that a share of them was forecast to stay within.",
+        "share",
+        lambda manager: list(manager.admission.score.within),
+    ),
+    Metric(
+        "forecast_loss",
+        "Log-loss of these forecasts in nats, over octaves of lengths.",
+        "forecast",
+        lambda manager: [manager.admission.score.loss, manager.admission.score.general_loss],
+    ),
 )
 METRICS = GAUGES + COUNTERS
+#: Of an arena that has all of its memory all the time.
+OF_FIXED = tuple(metric for metric in METRICS if not metric.elastic)
 _BY_NAME = {metric.name: metric for metric in METRICS}
 
 #: What crosses processes: values of the series of each metric.
@@ -168,7 +246,11 @@ Values = dict[str, Sequence[float]]
 
 def attach(stats: SchedulerStats, manager: AVMPBlockSpaceManager) -> None:
     """Put the counters into a statistics message."""
-    stats.kv_connector_stats = {CARRIER: {metric.name: metric.read(manager) for metric in METRICS}}
+    metrics = OF_FIXED if manager.memory is None else METRICS
+    stats.kv_connector_stats = {
+        **(stats.kv_connector_stats or {}),
+        CARRIER: {metric.name: metric.read(manager) for metric in metrics},
+    }
 
 
 class AVMPStatLogger(AggregateStatLoggerBase):
@@ -185,9 +267,13 @@ class AVMPStatLogger(AggregateStatLoggerBase):
         self._latest: dict[int, Values] = {i: {} for i in engine_indexes}
         self._logged: dict[int, Values] = {i: {} for i in engine_indexes}
         self._metrics: dict[str, Any] = {}
+        config = selected(vllm_config.additional_config)
+        known = METRICS if config is not None and config.memory == "elastic" else OF_FIXED
+        self._gauges = [metric for metric in known if metric in GAUGES]
+        self._counters = [metric for metric in known if metric in COUNTERS]
         for metrics, make in (
-            (GAUGES, partial(Gauge, multiprocess_mode="mostrecent")),
-            (COUNTERS, Counter),
+            (self._gauges, partial(Gauge, multiprocess_mode="mostrecent")),
+            (self._counters, Counter),
         ):
             for metric in metrics:
                 labels = ["model_name", "engine", *filter(None, [metric.label])]
@@ -195,7 +281,7 @@ class AVMPStatLogger(AggregateStatLoggerBase):
                     f"vllm:avmp_{metric.name}", f"AVMP: {metric.text}", labels
                 )
         for index in engine_indexes:  # so that every series exists from the start
-            self._export(index, {metric.name: [0] * len(metric.series) for metric in METRICS})
+            self._export(index, {metric.name: [0] * len(metric.series) for metric in known})
 
     def _child(self, metric: Metric, engine: int, series: str) -> Any:
         values = [self._model, str(engine), *filter(None, [series])]
@@ -204,12 +290,12 @@ class AVMPStatLogger(AggregateStatLoggerBase):
     def _export(self, engine: int, values: Values) -> None:
         # Most values stand still from one step to the next, and a metric is slow to reach.
         before = self._latest[engine]
-        for metric in GAUGES:
+        for metric in self._gauges:
             now, last = values[metric.name], before.get(metric.name)
             for index, series in enumerate(metric.series):
                 if last is None or now[index] != last[index]:
                     self._child(metric, engine, series).set(now[index])
-        for metric in COUNTERS:
+        for metric in self._counters:
             now, last = values[metric.name], before.get(metric.name)
             for index, series in enumerate(metric.series):
                 grown = now[index] - (0 if last is None else last[index])
@@ -228,8 +314,9 @@ class AVMPStatLogger(AggregateStatLoggerBase):
         carried = scheduler_stats.kv_connector_stats if scheduler_stats is not None else None
         if scheduler_stats is None or carried is None or CARRIER not in carried:
             return
-        scheduler_stats.kv_connector_stats = None
-        self._export(engine_idx, carried[CARRIER])
+        own = carried.pop(CARRIER)
+        scheduler_stats.kv_connector_stats = carried or None
+        self._export(engine_idx, own)
 
     def log(self) -> None:
         """Log one line for each engine whose counters changed since the last one."""
@@ -256,6 +343,9 @@ def summary(values: Values) -> str:
     for name in ("states_kept", "state_hits"):
         if any(values[name]):
             parts.append(f"{name.replace('_', ' ')}: {_by_series(values, name, zeros=False)}")
+    if "memory_backed_bytes" in values:
+        backed, budget = (values[f"memory_{name}_bytes"][0] for name in ("backed", "budget"))
+        parts.append(f"memory: {backed / 2**20:.1f} of {budget / 2**20:.1f} MiB")
     return "; ".join(parts)
 
 

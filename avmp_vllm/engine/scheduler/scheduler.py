@@ -36,6 +36,7 @@ class MovePlanMixin(StreamingSessions):
     """What AVMP adds to either of vLLM's schedulers."""
 
     cache_config: CacheConfig
+    running: list[Request]
 
     def __init__(
         self, vllm_config: VllmConfig, kv_cache_config: AVMPCacheConfig, *args: Any, **kwargs: Any
@@ -70,21 +71,43 @@ class MovePlanMixin(StreamingSessions):
             pcp_world_size=1,
             metrics_collector=self.kv_metrics_collector,
             watermark=self.scheduler_config.watermark,
+            transfers=self.connector is not None,
             **minors.hash_lookahead(self),
         )
         minors.renew_auxiliary_outputs(self)
+        if self.connector is not None:
+            self.connector.bind_kv_cache_manager(self.kv_cache_manager)
+            # A local hit that does not end with a block is cut back to where one ends before the
+            # connector is asked for more. Blocks are pages there: any hit may be gone on with.
+            self.block_size: int = self.hash_block_size
+        if self.kv_cache_manager.memory is not None:
+            self.kv_cache_manager.memory.connect(kv_cache_config.executor)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Schedule a step and attach what the workers must move before it."""
-        output = super().schedule(*args, **kwargs)
-        if not (output.num_scheduled_tokens or self.running) and self.has_unfinished_requests():
-            self.release_paused()  # somebody waits for their blocks; the next step has them
         manager = self.kv_cache_manager
+        memory = manager.memory
+        if memory is not None:
+            memory.begin_step(idle=not self.has_unfinished_requests())
+        manager.admission.step()
+        if manager.victims is not None and manager.victims.stale:
+            running = len(self.running)
+            tokens = self.max_num_scheduled_tokens + running * self.num_lookahead_tokens
+            if manager.may_fall_short(running, tokens):
+                self.running = manager.victims.order(self.running)
+        output = super().schedule(*args, **kwargs)
+        idle = not (output.num_scheduled_tokens or self.running or self.loading())
+        if idle and self.has_unfinished_requests():
+            self.release_paused()  # somebody waits for their blocks; the next step has them
         plan = manager.take_move_plan(output.new_block_ids_to_zero)
         # Both lists name handles; the plan has them as physical pages, in the right order.
         output.new_block_ids_to_zero = None
         output.kv_cache_block_copies = None
         setattr(output, PLAN, plan)
+        if self.connector is not None:
+            self.connector.end_step(output, plan)
+        if memory is not None:
+            memory.note_plan(plan)
         if manager.config.verify:
             manager.verify()
         return output
@@ -110,6 +133,8 @@ class MovePlanMixin(StreamingSessions):
             # Zero: the step's budget does not reach the next boundary, and might never.
             return aligned or num_new_tokens
         start = request.num_computed_tokens + num_new_local_computed_tokens
+        if start >= request.num_prompt_tokens and request.status == RequestStatus.RUNNING:
+            return num_new_tokens  # an answer is never cut
         end = start + num_new_tokens
         uncut: Container[int] = range(request.num_prompt_tokens)
         if not self._saves_anywhere:
@@ -134,10 +159,28 @@ class MovePlanMixin(StreamingSessions):
         )
         return position if saved else 0
 
+    def _update_waiting_for_remote_kv(self, request: Request) -> None:
+        """Go on after a load; a request whose load has failed has no room reserved any more.
+
+        vLLM would go on to keep room for what it held, and might never let it load again.
+        """
+        super()._update_waiting_for_remote_kv(request)
+        if not request.num_computed_tokens:
+            self._inflight_prefills.discard(request)
+
     def _preempt_request(self, request: Request, *args: Any, **kwargs: Any) -> None:
         """Preempt a request; if its chunk of this very step is lost, so is what it published."""
         self.kv_cache_manager.unpublish_after(request, request.num_computed_tokens)
+        self.kv_cache_manager.preempted(request)
         super()._preempt_request(request, *args, **kwargs)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset the prefix cache; an elastic arena gives its memory back."""
+        done = super().reset_prefix_cache(*args, **kwargs)
+        memory = self.kv_cache_manager.memory
+        if done and memory is not None:
+            memory.rest()
+        return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         """Add AVMP's counters to vLLM's statistics."""

@@ -36,10 +36,22 @@ class StreamingSessions(Scheduler):
         return super().reset_prefix_cache(*args, **kwargs)
 
     def release_paused(self) -> None:
-        """Let every request start over that holds blocks and does not run."""
+        """Let every request start over that holds blocks and does not run.
+
+        Not those whose blocks a KV connector fills: they go on, or go, when it has done so.
+        """
         for request in self.requests.values():
+            if request.status == RequestStatus.WAITING_FOR_REMOTE_KVS or request.is_finished():
+                continue
             if request.status != RequestStatus.RUNNING and self.kv_cache_manager.holds(request):
                 self._start_over(request)
+
+    def loading(self) -> bool:
+        """Whether a KV connector fills a request's blocks, which a step may wait for."""
+        return self.connector is not None and any(
+            request.status == RequestStatus.WAITING_FOR_REMOTE_KVS
+            for request in self.kv_holding_waiting
+        )
 
     def _start_over(self, session: Request) -> None:
         """Give a session's blocks back.
@@ -48,6 +60,7 @@ class StreamingSessions(Scheduler):
         cuts the answer off there, and finds its blocks gone.
         """
         self.kv_cache_manager.free(session)
+        self._inflight_prefills.discard(session)
         # Workers forget where the session's state was, as after a preemption.
         self.reset_preempted_req_ids.add(session.request_id)
         if session.status != RequestStatus.WAITING_FOR_STREAMING_REQ:

@@ -54,6 +54,7 @@ class StateManager(MambaManager):
         copied: Copies of states so far, by cause: of a running answer, to keep it; of a state that
             a prompt has made or begins at, before it is overwritten.
         saved: States so far that layers have saved inside of a chunk, into blocks from here.
+        offers: Whether a KV connector is told of each state that stays where it is.
     """
 
     block_pool: StatePool
@@ -64,6 +65,7 @@ class StateManager(MambaManager):
         self.tables: Sequence[Mapping[str, Sequence[KVCacheBlock]]] = ()
         self.copied = dict.fromkeys(COPY_CAUSES, 0)
         self.saved = 0
+        self.offers = False
         self._anywhere = saves_anywhere(self.kv_cache_spec)
         # Where a chunk begins that is about to get blocks, and positions inside of it whose states
         # it is to save.
@@ -121,6 +123,8 @@ class StateManager(MambaManager):
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
     ) -> list[KVCacheBlock]:
         """Allocate a chunk's blocks and note where its states will stand.
+
+        What a KV connector brings comes as a chunk without tokens, at the end of what it brings.
 
         Args:
             request_id: Whose.
@@ -197,6 +201,22 @@ class StateManager(MambaManager):
         if not blocks:
             return 0
         return self.block_pool.positions[blocks[-1 - self.num_speculative_blocks].block_id]
+
+    def moves(self, tokens: int) -> bool:
+        """Whether any running state needs a new block within so many tokens, or for its prompt."""
+        assert self.checkpoints is not None
+        size = self.block_size
+        for request_id in self.req_to_blocks:
+            position = self.position(request_id)
+            end = max(position + max(tokens, 1), self.checkpoints.prompt_end(request_id))
+            # vLLM's tables have an empty entry for who has asked and got nothing.
+            if position and cdiv(end, size) > cdiv(position, size):
+                return True
+        return False
+
+    def passing(self, request_id: str) -> int:
+        """Blocks of the next chunk that its request lets go of when the step is scheduled."""
+        return len(self._inside.get(request_id, (0, ()))[1]) if self._inside else 0
 
     def forgo(self, request_id: str) -> int:
         """Give up what a step would save for later requests alone.
@@ -284,18 +304,23 @@ class StateManager(MambaManager):
         index = cdiv(num_tokens, self.block_size) - 1
         if not self.checkpoints.wants(name, num_tokens) or not 0 <= index < len(blocks):
             return None
-        state = blocks[index]
-        published = self._publish(request, state, num_tokens)
-        if published is not None and num_tokens % self.block_size:
-            # The next chunk overwrites it; before that it is copied.
+        state, moves_on = blocks[index], bool(num_tokens % self.block_size)
+        published = self._publish(request, state, num_tokens, stays=not moves_on)
+        if published is not None and moves_on:
+            # The next chunk overwrites it; before that it is copied, and the copy offered.
             self._partial_hit_reqs[name] = index, state
             self.num_cached_block[name] = index
+            if self.offers:
+                self._producer_partial_tail_reqs[name] = state, num_tokens
         return published
 
     def _publish(
-        self, request: Request, state: KVCacheBlock, position: int
+        self, request: Request, state: KVCacheBlock, position: int, stays: bool = True
     ) -> BlockHashWithGroupId | None:
-        """Publish a state, unless there is one for the same prefix."""
+        """Publish a state, unless there is one for the same prefix.
+
+        One that stays where it is may be read from there: a KV connector is told.
+        """
         block_hash = request.block_hashes[position // self.block_pool.hash_block_size - 1]
         if state.is_null or self.block_pool.get_cached_block(block_hash, [self.kv_cache_group_id]):
             return None
@@ -304,6 +329,10 @@ class StateManager(MambaManager):
         )
         if published is not None:
             self._tell(request, state, position)
+            if self.offers and stays:
+                self._pending_boundary_state_offloads.append(
+                    (request.request_id, self.kv_cache_group_id, state, position)
+                )
         return published
 
     def _tell(self, request: Request, state: KVCacheBlock, position: int) -> None:

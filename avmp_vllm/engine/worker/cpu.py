@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from avmp_vllm.engine.worker.memory import ArenaWorker
 from avmp_vllm.engine.worker.v1.runner import AVMPCPUModelRunner
 
 
-class AVMPCPUWorker(CPUWorker):
+class AVMPCPUWorker(ArenaWorker, CPUWorker):
     """vLLM's CPU worker with AVMP's runner."""
 
     def init_device(self) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vllm.v1.worker.gpu_worker import Worker
-
+from avmp_vllm.engine.worker.memory import ArenaWorker
 from avmp_vllm.engine.worker.v1.runner import AVMPGPUModelRunner
 
 if TYPE_CHECKING:
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 
-class AVMPGPUWorker(Worker):
+class AVMPGPUWorker(ArenaWorker):
     """vLLM's CUDA worker with AVMP's runner."""
 
     def _make_model_runner(self) -> GPUModelRunner:

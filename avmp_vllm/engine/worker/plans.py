@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
 from avmp_vllm.core import InvariantViolation, Kind, MovePlan
 from avmp_vllm.engine.layout.message import PLAN
@@ -34,6 +34,7 @@ class PlanApplier:
 
     Attributes:
         saves: What the layers are to save in the step's forward pass.
+        connector: What reads and writes pages beside the model; None without a KV connector.
     """
 
     def __init__(
@@ -43,11 +44,19 @@ class PlanApplier:
         self.buffer = buffer
         self._shift = shift
         self.saves = ChunkSaves(page_table)
+        self.connector: Any = None
+        if has_kv_transfer_group():
+            self.connector = get_kv_transfer_group()
+            self.connector.bind_page_table(page_table)
         self._applied = 0
 
     def apply_from(self, scheduler_output: SchedulerOutput) -> None:
         """Apply a step's plan if it has one; call it before anything else, whatever the step is."""
         plan = getattr(scheduler_output, PLAN, None)
+        if self.connector is not None and scheduler_output.kv_connector_metadata is not None:
+            # Before the plan: what was to be stored is submitted from where it is, and what the
+            # plan would disturb is waited for. vLLM asks once more, and finds nothing to do.
+            self.connector.handle_preemptions(scheduler_output.kv_connector_metadata)
         self.saves.begin(plan.saves if plan is not None else ())
         if plan is not None:
             self.apply(plan)
@@ -74,9 +83,3 @@ class PlanApplier:
                 raise InvariantViolation(
                     f"the worker's page table differs from the scheduler's at plan {plan.number}"
                 )
-
-
-def bytes_behind(cache: torch.Tensor) -> torch.Tensor:
-    """The whole buffer that a layer's cache is a view of, as flat uint8."""
-    storage = cache.untyped_storage()
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)

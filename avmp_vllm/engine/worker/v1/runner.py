@@ -8,10 +8,12 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from avmp_vllm.backing.page_table import PageTable
-from avmp_vllm.backing.torch_buffer import TorchBuffer
+from avmp_vllm.backing.torch_buffer import TorchBuffer, bytes_behind
+from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec
-from avmp_vllm.engine.worker.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.worker.elastic import ArenaMemory, allocated_from, memory_for
+from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.profiling import initialize_least_cache
 from avmp_vllm.engine.worker.v1.block_tables import PAGE_TABLE, HandleBuffer
 
@@ -29,6 +31,7 @@ class MovePlanRunnerMixin(GPUModelRunner):
     _any_cache: torch.Tensor | None
     intermediate_tensors: IntermediateTensors | None
     _plans: PlanApplier | None = None
+    arena_memory: ArenaMemory | None = None
 
     def initialize_kv_cache(
         self,
@@ -38,7 +41,11 @@ class MovePlanRunnerMixin(GPUModelRunner):
         **kwargs: Any,
     ) -> None:
         """Make the cache, then put handles into the block tables and a page table behind them."""
-        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        memory = memory_for(kv_cache_config, self.device, is_profiling)
+        if memory is not None:
+            seams.install(seams.RUNNER_V1)
+        with allocated_from(memory):
+            super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         geometry = kv_cache_config.own
         self.page_table = PageTable(geometry)
         for group, table in zip(
@@ -53,7 +60,12 @@ class MovePlanRunnerMixin(GPUModelRunner):
         if not is_profiling:
             assert cache is not None
             buffer = TorchBuffer(bytes_behind(cache), geometry)
-            self._plans = PlanApplier(self.page_table, buffer, kv_cache_config.shift)
+            self.arena_memory = memory
+            self._plans = (
+                PlanApplier(self.page_table, buffer, kv_cache_config.shift)
+                if memory is None
+                else memory.applier(self.page_table, buffer)
+            )
             self._plans.saves.bind(self.compilation_config.static_forward_context)
 
     def initialize_kv_cache_tensors(
@@ -78,6 +90,13 @@ class MovePlanRunnerMixin(GPUModelRunner):
         if self._plans is not None:
             self._plans.saves.end()
         return result
+
+    def shutdown(self) -> None:
+        """Let go of the arena's bytes with everything else."""
+        self._plans = None
+        super().shutdown()
+        if self.arena_memory is not None:
+            self.arena_memory.close()
 
     def _get_mamba_bufs(self) -> MambaBuffers:
         buffers = super()._get_mamba_bufs()

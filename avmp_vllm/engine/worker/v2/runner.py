@@ -18,13 +18,15 @@ from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
+from avmp_vllm.backing.torch_buffer import bytes_behind
 from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.handles import selection as handle_kernels
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import first_spec, kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
-from avmp_vllm.engine.worker.plans import PlanApplier, bytes_behind
+from avmp_vllm.engine.worker.elastic import ArenaMemory, allocated_from, memory_for
+from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
 from avmp_vllm.engine.worker.v2.check import BatchCheck
 
@@ -41,6 +43,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
     _block_tables: ArenaBlockTables
     _page_table: DevicePageTable
     _plans: PlanApplier | None = None
+    arena_memory: ArenaMemory | None = None
     _check: BatchCheck | None = None
     _planned = False
 
@@ -87,7 +90,9 @@ class AVMPModelRunnerV2(GPUModelRunner):
         """Make the cache, and what applies move plans to it."""
         if self._by_handle:
             handle_kernels.check_groups(kv_cache_config)
-        super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
+        memory = memory_for(kv_cache_config, self.device, is_profiling)
+        with allocated_from(memory):
+            super().initialize_kv_cache(kv_cache_config, is_profiling, *args, **kwargs)
         geometry = kv_cache_config.own
         if self._by_handle:
             handle_kernels.bind(
@@ -101,7 +106,12 @@ class AVMPModelRunnerV2(GPUModelRunner):
             buffer = KernelBuffer(bytes_behind(self.kv_caches[0]), geometry)
             self._page_table.warm_up()
             buffer.warm_up()
-            self._plans = PlanApplier(self._page_table, buffer, kv_cache_config.shift)
+            self.arena_memory = memory
+            self._plans = (
+                PlanApplier(self._page_table, buffer, kv_cache_config.shift)
+                if memory is None
+                else memory.applier(self._page_table, buffer)
+            )
             self._plans.saves.bind(self.compilation_config.static_forward_context)
             if self._verify:
                 self._check = BatchCheck(self._block_tables, self._page_table.resident, geometry)
@@ -149,6 +159,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
         """Let go of the arena's bytes with everything else."""
         self._plans = self._check = None
         super().shutdown()
+        if self.arena_memory is not None:
+            self.arena_memory.close()
 
 
 class AVMPCPUModelRunnerV2(AVMPModelRunnerV2, CPUModelRunner):
