@@ -58,8 +58,8 @@ class AVMPConfig(BaseModel):
         admission: When a request is admitted beside others: if those can still grow by what their
             answers are forecast to need, which is learned from those that ended (``forecast``), or
             each by ``growth_tokens`` (``growth``).
-        growth_tokens: With ``admission: growth``, which it implies, so many tokens, so that admissions do not end in
-            preemptions.
+        growth_tokens: With ``admission: growth``, which it implies, so many tokens, so that
+            admissions do not end in preemptions.
         forecast_risk: With ``admission: forecast``, room is kept for the mean need and so many
             standard deviations.
         victim: Whom vLLM preempts when bytes are short: the request with the fewest tokens to
