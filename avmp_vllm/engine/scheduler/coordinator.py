@@ -122,7 +122,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
         for manager, kind in zip(self.single_type_managers, self.kinds, strict=True):
             manager.block_pool = self.pools[kind]
             manager._null_block = self.pools[kind].null_block
-        self._state_managers = [
+        #: Those of SSM states.
+        self.state_managers = [
             manager for manager in self.single_type_managers if isinstance(manager, StateManager)
         ]
         self.checkpoints: Checkpoints | None = None
@@ -172,7 +173,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
         self.states.checkpoints = self.checkpoints
         managers = self.single_type_managers
         self._held_states = managers[self.kinds.index(Kind.SSM)].req_to_blocks
-        for manager in self._state_managers:
+        for manager in self.state_managers:
             manager.checkpoints = self.checkpoints
             manager.tables = [managers[index].req_to_blocks for index in self.slots]
 
@@ -233,7 +234,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
             self._next = pages - cached[Kind.KV], blocks - cached[Kind.SSM]
             # These must fit now, but can go again as soon as the step has been scheduled, so that
             # they keep nobody out for whom vLLM wants a reserve kept.
-            for state_manager in self._state_managers:
+            for state_manager in self.state_managers:
                 blocks -= state_manager.passing(request_id)
         geometry = arena.geometry
         in_pages = pages + ceil_div(blocks * geometry.block_bytes, geometry.page_bytes)
@@ -250,7 +251,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
 
     def _forgo(self, request_id: str) -> int:
         """Give up the states that a step would save for others; how many blocks that spares."""
-        return sum(manager.forgo(request_id) for manager in self._state_managers)
+        return sum(manager.forgo(request_id) for manager in self.state_managers)
 
     def allocate_new_computed_blocks(
         self,

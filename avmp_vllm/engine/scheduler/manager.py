@@ -197,16 +197,17 @@ class AVMPBlockSpaceManager(KVCacheManager):
     def _may_do_without_move(self, growth: int) -> bool:
         """Whether a newcomer that was refused needs to leave no block for a state that moves.
 
-        Where a state is a large part of the arena, one that is kept free is a request less.
+        Where a state is a large part of the arena, one that is kept free is a request less. With
+        ``growth_tokens`` 0 it is all the room that is kept, and what the cache has to live in.
         """
         return (
             self.checkpoints is not None
+            and self.config.growth_tokens > 0
             # A newcomer needs a state of its own.
             and self._available_pages >= growth + self._move_pages > growth
             and not any(
-                manager.moves(self.config.growth_tokens)
-                for manager in self.coordinator.single_type_managers
-                if isinstance(manager, StateManager)
+                states.moves(self.config.growth_tokens)
+                for states in self.coordinator.state_managers
             )
         )
 
@@ -300,9 +301,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
             )
             for copy in copies
         ]
-        for manager in self.coordinator.single_type_managers:
-            if isinstance(manager, StateManager):
-                self._saves += manager.take_saves()
+        for states in self.coordinator.state_managers:
+            self._saves += states.take_saves()
         return copies, retained
 
     def take_move_plan(self, to_zero: list[int] | None) -> MovePlan | None:
