@@ -9,6 +9,7 @@ has foretold it better for a while, the long one is begun anew from it.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 
 from avmp_vllm.core.hazards import MOST_WEIGHT, ReuseCounts, posterior
 
@@ -30,7 +31,7 @@ class RecentReuse:
 
     def __init__(self) -> None:
         self.evidence = 0.0
-        self._families: dict[Family, ReuseCounts] = {}
+        self._families: defaultdict[Family, ReuseCounts] = defaultdict(ReuseCounts)
         self._hazards: dict[Family, list[float]] = {}
         # Old counts are not scaled down; new ones are scaled up.
         self._weight = 1.0
@@ -61,13 +62,13 @@ class RecentReuse:
         """A state has waited in a bin for so many requests; what was learned of its family."""
         hazards = self._hazards.get(family, learned)
         self.evidence += ages * (learned[age_bin] - hazards[age_bin])
-        self._counts(family).waited[age_bin] += ages * self._weight
+        self._families[family].waited[age_bin] += ages * self._weight
 
     def reused(self, family: Family, age_bin: int, learned: list[float]) -> None:
         """A state was used at an age; what was learned of its family."""
         hazards = self._hazards.get(family, learned)
         self.evidence += math.log(hazards[age_bin] / learned[age_bin])
-        self._counts(family).reuses[age_bin] += self._weight
+        self._families[family].reuses[age_bin] += self._weight
 
     def take_over(self) -> dict[Family, ReuseCounts]:
         """What to begin anew with, the last request counting once."""
@@ -75,9 +76,3 @@ class RecentReuse:
         return {
             family: counts.scaled(1 / self._weight) for family, counts in self._families.items()
         }
-
-    def _counts(self, family: Family) -> ReuseCounts:
-        counts = self._families.get(family)
-        if counts is None:
-            counts = self._families[family] = ReuseCounts()
-        return counts

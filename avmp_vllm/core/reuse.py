@@ -10,6 +10,7 @@ contradicts it.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import NamedTuple
 
 from avmp_vllm.core.hazards import (
@@ -80,8 +81,8 @@ class ReuseRates:
         self.changes = 0
         self._next_epoch = 0
         self._all = ReuseCounts()
-        self._families: dict[Family, ReuseCounts] = {}
-        self._classes: dict[Class, ReuseCounts] = {}
+        self._families: defaultdict[Family, ReuseCounts] = defaultdict(ReuseCounts)
+        self._classes: defaultdict[Class, ReuseCounts] = defaultdict(ReuseCounts)
         self._prospects: dict[Class, _Prospects] = {}
         #: Hazards of all states and of families, as of the epoch below.
         self._general: list[float] = _FIRST_GUESSES
@@ -131,13 +132,7 @@ class ReuseRates:
 
     def _counts(self, cls: Class) -> tuple[ReuseCounts, ReuseCounts, ReuseCounts]:
         """Of everything, of a class's family and of the class itself."""
-        family = self._families.get(cls.family)
-        if family is None:
-            family = self._families[cls.family] = ReuseCounts()
-        own = self._classes.get(cls)
-        if own is None:
-            own = self._classes[cls] = ReuseCounts()
-        return self._all, family, own
+        return self._all, self._families[cls.family], self._classes[cls]
 
     def _fresh(self, cls: Class) -> _Prospects:
         prospects = self._prospects.get(cls)
@@ -151,7 +146,7 @@ class ReuseRates:
         """Forget all but what was seen lately."""
         self.changes += 1
         self._all = ReuseCounts()
-        self._families = {}
+        self._families.clear()
         self._classes.clear()
         for family, counts in self._recent.take_over().items():
             self._families[family] = own = counts.scaled(self._weight)
@@ -166,14 +161,12 @@ class ReuseRates:
             self._recent.foretell(self._general, _STRENGTHS[1])
         hazards = self._borrowed.get(family)
         if hazards is None:
-            counts = self._families.get(family)
-            if counts is None:
-                counts = self._families[family] = ReuseCounts()
+            counts = self._families[family]
             hazards = posterior(self._general, counts, _STRENGTHS[1] * self._weight)
             self._borrowed[family] = hazards
         return hazards
 
     def _hazards(self, cls: Class) -> list[float]:
         """Of each bin; what a class has not seen is as in its family, or else in general."""
-        _, _, own = self._counts(cls)
-        return posterior(self._of_family(cls.family), own, _STRENGTHS[2] * self._weight)
+        borrowed, own = self._of_family(cls.family), self._classes[cls]
+        return posterior(borrowed, own, _STRENGTHS[2] * self._weight)

@@ -27,8 +27,7 @@ def server_address(url: str) -> str:
 
 def metrics_address(url: str) -> str:
     """Address of a server's metrics; ``host:port`` is enough."""
-    url = (url if "//" in url else f"http://{url}").rstrip("/")
-    return url if url.endswith("/metrics") else f"{url}/metrics"
+    return f"{server_address(url)}/metrics"
 
 
 def fetch(address: str) -> Page:

@@ -34,6 +34,16 @@ def plain_geometry(arena_bytes: int, kv: Layout, ssm: Layout, page_tokens: int =
     return arena_geometry(arena_bytes, [Table((page,), PageGroup(page_tokens))], [ssm])
 
 
+def assert_everything_happened(arena: Arena) -> None:
+    """Both pools have grown, moved pages, given cached ones up and refused."""
+    statistics = arena.statistics
+    for kind in Kind:
+        assert statistics.migrations[kind] > 5
+        assert statistics.relocations[kind] > 5
+        assert statistics.evictions[kind] > 5
+        assert statistics.failures[kind] > 0
+
+
 class NaiveModel:
     """Which handles are live and cached, and exactly when an allocation must succeed.
 

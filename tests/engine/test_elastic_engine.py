@@ -30,7 +30,7 @@ from avmp_vllm.backing.torch_buffer import bytes_behind
 from avmp_vllm.core import Kind
 from avmp_vllm.core.extents import backed_bytes
 from avmp_vllm.engine.scheduler.memory import ArenaMemory
-from avmp_vllm.engine.worker.elastic import ArenaMemory as WorkersMemory
+from avmp_vllm.engine.worker.elastic import ArenaRange
 
 #: A budget of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
 TIGHT = 1_600_000
@@ -56,7 +56,7 @@ def memory_of(llm) -> dict:
 @pytest.fixture
 def bounded(monkeypatch):
     """Checks at every step that what exists is what is held, the slack and two chunks at most."""
-    began, made, checked = ArenaMemory.begin_step, WorkersMemory.__init__, []
+    began, made, checked = ArenaMemory.begin_step, ArenaRange.__init__, []
     workers = []
 
     def init(self, *args):
@@ -73,7 +73,7 @@ def bounded(monkeypatch):
         checked.append(self.exists)
 
     monkeypatch.setattr(ArenaMemory, "begin_step", begin_step)
-    monkeypatch.setattr(WorkersMemory, "__init__", init)
+    monkeypatch.setattr(ArenaRange, "__init__", init)
     yield checked
     assert len(checked) > 50
     assert min(checked) < max(checked) / 2, "memory did not follow"

@@ -29,7 +29,7 @@ from avmp_vllm.engine.layout.groups import kind_of_spec
 from avmp_vllm.engine.offload import view
 from avmp_vllm.engine.offload.fence import Fence
 from avmp_vllm.engine.offload.host import HostSpec
-from avmp_vllm.engine.offload.resolve import ArenaWorker, ArenaWorkerMetadata
+from avmp_vllm.engine.offload.resolve import ArenaOffloadingWorker, ArenaWorkerMetadata
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,7 +81,7 @@ class OffloadingConnector(StockConnector):
         if role == KVConnectorRole.SCHEDULER:
             self.connector_scheduler = OffloadingConnectorScheduler(spec, vllm_config, config)
         else:
-            self.connector_worker = ArenaWorker(spec, vllm_config, config)
+            self.connector_worker = ArenaOffloadingWorker(spec, vllm_config, config)
 
     # -- the scheduler's side ----------------------------------------------------------------------
 
@@ -138,9 +138,9 @@ class OffloadingConnector(StockConnector):
     # -- the workers' side -------------------------------------------------------------------------
 
     @property
-    def worker(self) -> ArenaWorker:
+    def worker(self) -> ArenaOffloadingWorker:
         """The worker's side."""
-        assert isinstance(self.connector_worker, ArenaWorker)
+        assert isinstance(self.connector_worker, ArenaOffloadingWorker)
         return self.connector_worker
 
     def bind_page_table(self, page_table: PageTable) -> None:

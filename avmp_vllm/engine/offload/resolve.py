@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 
 
-class ArenaWorker(OffloadingConnectorWorker):
+class ArenaOffloadingWorker(OffloadingConnectorWorker):
     """vLLM's worker side, with the arena's two views in place of the layers' tensors."""
 
     kv_cache_config: AVMPCacheConfig

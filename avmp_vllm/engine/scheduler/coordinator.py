@@ -128,9 +128,8 @@ class DualPoolCoordinator(KVCacheCoordinator):
         ]
         self.checkpoints: Checkpoints | None = None
         self.local_state: KVCacheBlock | None = None
-        for manager in self.single_type_managers:
-            if isinstance(manager, StateManager):
-                manager.offers = transfers
+        for states_of_group in self.state_managers:
+            states_of_group.offers = transfers
         #: Groups with a page for every so many tokens, which a prefix hit needs all of.
         self.slots = self._slot_groups()
         # A drafter that reads the target's hidden states computes the page behind a hit again, so a

@@ -21,7 +21,6 @@ from avmp_vllm.engine.scheduler.coordinator import (
     without_blocks,
 )
 from avmp_vllm.engine.scheduler.memory import ArenaMemory
-from avmp_vllm.engine.scheduler.state_manager import StateManager
 from avmp_vllm.engine.scheduler.victims import Victims
 from avmp_vllm.predict import LengthForecaster
 
@@ -349,11 +348,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
 
     def state_position(self, request: Request) -> int:
         """Tokens that a request's running state covers, once all scheduled steps have run."""
-        return next(
-            manager.position(request.request_id)
-            for manager in self.coordinator.single_type_managers
-            if isinstance(manager, StateManager)
-        )
+        return self.coordinator.state_managers[0].position(request.request_id)
 
     def unpublish_after(self, request: Request, num_tokens: int) -> None:
         """Take a request's blocks out of the prefix cache that cover more than so many tokens.
@@ -361,9 +356,9 @@ class AVMPBlockSpaceManager(KVCacheManager):
         vLLM publishes a chunk's blocks when it schedules the chunk. With priorities, a request may
         be preempted later in the same step, and the chunk is never computed.
         """
+        for states in self.coordinator.state_managers:
+            states.lose_chunk(request.request_id)
         for manager in self.coordinator.single_type_managers:
-            if isinstance(manager, StateManager):
-                manager.lose_chunk(request.request_id)
             for block in manager.req_to_blocks.get(request.request_id, ()):
                 if (block.block_hash_num_tokens or 0) > num_tokens:
                     manager.block_pool._maybe_evict_cached_block(block)

@@ -23,6 +23,7 @@ from vllm.logger import init_logger
 
 from avmp_vllm.core import Arena, Kind, MovePlan
 from avmp_vllm.core.extents import backed_bytes, budget_for
+from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.engine.entry.config import ConfigError
 from avmp_vllm.engine.layout.elastic import Elastic
 from avmp_vllm.engine.layout.message import CALLS, RESIZE, WorkerMemory
@@ -241,8 +242,8 @@ class ArenaMemory:
         Raises:
             ConfigError: A budget that no request would fit into, or more than there are addresses.
         """
-        most = -(-self.arena.geometry.arena_bytes // self.elastic.chunk_bytes)
-        most *= self.elastic.chunk_bytes
+        chunk = self.elastic.chunk_bytes
+        most = ceil_div(self.arena.geometry.arena_bytes, chunk) * chunk
         budget = self._whole(budget)
         least = self.elastic.least_budget
         if not least <= budget <= most:

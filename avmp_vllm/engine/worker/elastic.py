@@ -53,7 +53,7 @@ def driver_of(device: torch.device, chunk_bytes: int) -> VirtualMemory:
     return memory
 
 
-class ArenaMemory:
+class ArenaRange:
     """The range of an elastic arena, and what is behind it.
 
     On CUDA all of the budget exists and is mapped from the start, for vLLM's warm-up writes to the
@@ -167,7 +167,7 @@ class ArenaMemory:
 class _ElasticApplier(PlanApplier):
     """Plans of an elastic arena."""
 
-    def __init__(self, page_table: PageTable, pages: ElasticPages, memory: ArenaMemory) -> None:
+    def __init__(self, page_table: PageTable, pages: ElasticPages, memory: ArenaRange) -> None:
         super().__init__(page_table, pages)
         self._memory = memory
 
@@ -184,21 +184,21 @@ class _ElasticApplier(PlanApplier):
 
 # -- the place of vLLM's allocation ----------------------------------------------------------------
 
-_offered: ArenaMemory | None = None
+_offered: ArenaRange | None = None
 
 
 def memory_for(
     kv_cache_config: AVMPCacheConfig, device: torch.device, is_profiling: bool
-) -> ArenaMemory | None:
+) -> ArenaRange | None:
     """Memory of an elastic arena; None if the arena is fixed, or thrown away after profiling."""
     if kv_cache_config.elastic is None or is_profiling:
         return None
     assert kv_cache_config.geometry is not None
-    return ArenaMemory(kv_cache_config.geometry, kv_cache_config.elastic, device)
+    return ArenaRange(kv_cache_config.geometry, kv_cache_config.elastic, device)
 
 
 @contextlib.contextmanager
-def allocated_from(memory: ArenaMemory | None) -> Iterator[None]:
+def allocated_from(memory: ArenaRange | None) -> Iterator[None]:
     """Have vLLM's cache allocated from memory while this lasts; None leaves it to vLLM."""
     global _offered
     _offered = memory

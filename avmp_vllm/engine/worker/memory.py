@@ -11,7 +11,7 @@ from avmp_vllm.core import MovePlan
 from avmp_vllm.engine.layout.message import WorkerMemory
 
 if TYPE_CHECKING:
-    from avmp_vllm.engine.worker.elastic import ArenaMemory
+    from avmp_vllm.engine.worker.elastic import ArenaRange
 
 
 class ArenaWorker(Worker):
@@ -20,8 +20,8 @@ class ArenaWorker(Worker):
     model_runner: Any
 
     @property
-    def _memory(self) -> ArenaMemory | None:
-        memory: ArenaMemory | None = self.model_runner.arena_memory
+    def _memory(self) -> ArenaRange | None:
+        memory: ArenaRange | None = self.model_runner.arena_memory
         return memory
 
     def resize_arena(

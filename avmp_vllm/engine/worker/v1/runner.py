@@ -12,7 +12,7 @@ from avmp_vllm.backing.torch_buffer import TorchBuffer, bytes_behind
 from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec
-from avmp_vllm.engine.worker.elastic import ArenaMemory, allocated_from, memory_for
+from avmp_vllm.engine.worker.elastic import ArenaRange, allocated_from, memory_for
 from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.profiling import initialize_least_cache
 from avmp_vllm.engine.worker.v1.block_tables import PAGE_TABLE, HandleBuffer
@@ -31,7 +31,7 @@ class MovePlanRunnerMixin(GPUModelRunner):
     _any_cache: torch.Tensor | None
     intermediate_tensors: IntermediateTensors | None
     _plans: PlanApplier | None = None
-    arena_memory: ArenaMemory | None = None
+    arena_memory: ArenaRange | None = None
 
     def initialize_kv_cache(
         self,

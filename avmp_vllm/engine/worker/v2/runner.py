@@ -25,7 +25,7 @@ from avmp_vllm.engine.handles import selection as handle_kernels
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import first_spec, kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
-from avmp_vllm.engine.worker.elastic import ArenaMemory, allocated_from, memory_for
+from avmp_vllm.engine.worker.elastic import ArenaRange, allocated_from, memory_for
 from avmp_vllm.engine.worker.plans import PlanApplier
 from avmp_vllm.engine.worker.v2.block_tables import ArenaBlockTables
 from avmp_vllm.engine.worker.v2.check import BatchCheck
@@ -43,7 +43,7 @@ class AVMPModelRunnerV2(GPUModelRunner):
     _block_tables: ArenaBlockTables
     _page_table: DevicePageTable
     _plans: PlanApplier | None = None
-    arena_memory: ArenaMemory | None = None
+    arena_memory: ArenaRange | None = None
     _check: BatchCheck | None = None
     _planned = False
 
