@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "core"))
 
 from elastic_client import ElasticClient, ElasticShadow
-from test_elastic_engine import churn
+from test_elastic import churn
 
 from avmp_vllm.backing.elastic_buffer import ElasticBuffer
 from avmp_vllm.backing.elastic_pages import ElasticPages

@@ -114,7 +114,8 @@ def _check(caches: list[Cache]) -> None:
         for index in range(cache.layers)
     }
     packed = any(c.role is Role.RING or c.entry_tokens > 1 for c in layers.caches)
-    arena = SimpleNamespace(layer_specs=specs, kv_cache_tensors=[SimpleNamespace(size=ARENA)])
+    stage = SimpleNamespace(specs=specs, arena_bytes=ARENA)
+    arena = SimpleNamespace(layer_specs=specs, stages=[stage], elastic=None)
     theirs = capacity.plan_stock(config(packed), arena)
     ours = plan_stock(layers, ARENA, StockRules(128), 2, Load(STEP, LONGEST))
     assert (theirs is None) == (ours is None)
