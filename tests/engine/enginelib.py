@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -80,6 +81,9 @@ def engine(model: str, *, avmp: dict[str, Any] | None = None, **options: Any) ->
         "disable_log_stats": False,
         **options,
     }
+    if torch.cuda.is_available():
+        # With the bytes given, all that this does is refuse to start beside other engines.
+        arguments.setdefault("gpu_memory_utilization", 0.01)
     if avmp is not None:
         # Short prompts are worth a state here, or next to nothing would hit.
         avmp = {"verify": True, "cut_tokens": 0, **avmp}

@@ -1,0 +1,322 @@
+"""Token-for-token equality with stock vLLM on a card, under migration, relocation and preemption.
+
+In fp32, where another batch changes no best token. Every engine runs with ``verify``, which reads
+the page table back from the device at each step.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from typing import Any
+
+import pytest
+import torch
+from enginelib import (
+    AMPLE,
+    assert_nothing_held,
+    counted,
+    engine,
+    greedy,
+    mixed_prompts,
+    runner_of,
+    scheduler_of,
+    stock_answers,
+    tokens,
+)
+from vllm import SamplingParams
+
+from avmp_vllm.backing.device_page_table import DevicePageTable
+from avmp_vllm.backing.kernel_buffer import KernelBuffer
+from avmp_vllm.core import Kind
+
+ON_V1 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+MIB = 1 << 20
+#: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
+TIGHT = 1_600_000
+#: Admits until somebody must be preempted.
+EAGER_ADMISSION = {"checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0}
+GRAPHS = {
+    "eager": {},
+    "graphs": {
+        "enforce_eager": False,
+        "compilation_config": {
+            "mode": 0,
+            "cudagraph_mode": "FULL_DECODE_ONLY",
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
+        },
+    },
+}
+
+
+def hits(llm: Any) -> float:
+    """Tokens that prompts have found in the prefix cache."""
+    return sum(m.value for m in llm.get_metrics() if m.name == "vllm:prefix_cache_hits")
+
+
+def assert_moved(llm: Any) -> None:
+    """Capacity migrated and live pages moved."""
+    did = counted(llm)
+    assert sum(did.statistics.migrations.values()) > 0
+    assert sum(did.statistics.relocations.values()) > 0
+
+
+@pytest.mark.parametrize("graphs", GRAPHS)
+@pytest.mark.parametrize("caching", [False, True], ids=["no-cache", "cache"])
+@pytest.mark.parametrize("kernels", ["resolved", "handles"])
+def test_answers_equal_stock(tiny_jamba, kernels, caching, graphs):
+    """With vLLM's kernels and with AVMP's, in graphs and without."""
+    if kernels == "handles" and ON_V1:
+        pytest.skip("kernels by handle are Runner V2's")
+    expected = stock_answers(tiny_jamba)
+    with engine(
+        tiny_jamba,
+        avmp={**EAGER_ADMISSION, "kernels": kernels},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=caching,
+        **GRAPHS[graphs],
+    ) as llm:
+        name = "AVMPGPUModelRunner" if ON_V1 else "AVMPModelRunnerV2"
+        assert type(runner_of(llm)).__name__ == name
+        backends = {g.backend.__name__ for gs in runner_of(llm).attn_groups for g in gs}
+        assert ("HandleAttentionBackend" in backends) is (kernels == "handles")
+        rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+        assert_nothing_held(llm)
+        assert_moved(llm)
+        assert bool(hits(llm)) is caching
+    assert rounds == [expected] * 2
+
+
+@pytest.mark.parametrize("graphs", GRAPHS)
+def test_mamba2_hybrid(tiny_granite, graphs):
+    """vLLM's own kernels for Mamba-2, which save states inside of chunks."""
+    expected = stock_answers(tiny_granite)
+    with engine(
+        tiny_granite,
+        avmp=EAGER_ADMISSION,
+        kv_cache_memory_bytes=1_100_000,
+        enable_prefix_caching=True,
+        **GRAPHS[graphs],
+    ) as llm:
+        rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+        assert_nothing_held(llm)
+        assert_moved(llm)
+        assert hits(llm) > 0
+    assert rounds == [expected] * 2
+
+
+def _no_table_writes(monkeypatch):
+    """Relocations are not written to the table on the device."""
+    monkeypatch.setattr(DevicePageTable, "apply", lambda self, moves: None)
+
+
+def _no_copies(monkeypatch):
+    """Pages get a new place and leave their bytes behind."""
+    applied = KernelBuffer.apply
+
+    def apply(self, plan):
+        kept, plan.relocations = plan.relocations, []
+        applied(self, plan)
+        plan.relocations = kept
+
+    monkeypatch.setattr(KernelBuffer, "apply", apply)
+
+
+@pytest.mark.skipif(ON_V1, reason="the seams that are broken here are Runner V2's")
+@pytest.mark.parametrize("kernels", ["resolved", "handles"])
+@pytest.mark.parametrize("breakage", [_no_table_writes, _no_copies])
+def test_control_broken_plans_change_answers(tiny_jamba, monkeypatch, breakage, kernels):
+    """The tests above would notice what is left out on the device."""
+    expected = stock_answers(tiny_jamba)
+    breakage(monkeypatch)
+    with engine(
+        tiny_jamba,
+        avmp={**EAGER_ADMISSION, "kernels": kernels, "verify": False},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=True,
+    ) as llm:
+        rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+        assert_moved(llm)
+    assert rounds != [expected] * 2
+
+
+# -- memory that goes back -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graphs", GRAPHS)
+@pytest.mark.parametrize("kernels", ["resolved", "handles"])
+def test_elastic_memory(jamba_of_large_states, kernels, graphs):
+    """Over a gap that faults; the card's free memory follows load and budget."""
+    if kernels == "handles" and ON_V1:
+        pytest.skip("kernels by handle are Runner V2's")
+    model, size = jamba_of_large_states, 256 * MIB
+    expected = stock_answers(model)
+    options = {"memory": "elastic", "kernels": kernels, "budget": "40MiB", "slack_bytes": "8MiB"}
+    with engine(
+        model,
+        avmp={**EAGER_ADMISSION, **options},
+        kv_cache_memory_bytes=size,
+        enable_prefix_caching=True,
+        **GRAPHS[graphs],
+    ) as llm:
+
+        def memory(*budget: Any) -> dict[str, Any]:
+            (report,) = llm.collective_rpc("avmp_memory", args=budget)
+            return report
+
+        rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+        assert_moved(llm)
+        assert memory()["calls"]["unmap"] > 0
+        (more,) = llm.collective_rpc("avmp_memory", args=("200MiB",))
+        assert more["budget"] == 200 * MIB
+        rounds.append(greedy(llm, mixed_prompts()))
+        full, free = memory(), torch.cuda.mem_get_info()[0]
+        assert llm.reset_prefix_cache()
+        rest = memory(full["least_budget"])
+        assert rest["backed"] <= rest["held"] + 2 * rest["chunk_bytes"]
+        assert rest["backed"] < full["backed"] // 2
+        assert torch.cuda.mem_get_info()[0] - free >= full["backed"] - rest["backed"]
+        assert_nothing_held(llm)
+        memory("40MiB")
+        rounds.append(greedy(llm, mixed_prompts()))
+    assert rounds == [expected] * 4
+
+
+def test_the_budget_changes_in_mid_traffic(jamba_of_large_states):
+    """Lowered and raised while requests run, steps scheduled ahead."""
+    expected = stock_answers(jamba_of_large_states)
+    with engine(
+        jamba_of_large_states,
+        avmp={**EAGER_ADMISSION, "memory": "elastic", "budget": "64MiB"},
+        kv_cache_memory_bytes=256 * MIB,
+        enable_prefix_caching=True,
+        async_scheduling=True,
+    ) as llm:
+        core, finished, steps = llm.llm_engine, {}, 0
+        for index, prompt in enumerate(mixed_prompts()):
+            params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
+            core.add_request(str(index), prompt, params)
+        while core.has_unfinished_requests():
+            for output in core.step():
+                if output.finished:
+                    finished[int(output.request_id)] = [list(output.outputs[0].token_ids)]
+            steps += 1
+            if steps % 6 == 0:
+                llm.collective_rpc("avmp_memory", args=("24MiB" if steps % 12 else "64MiB",))
+        assert counted(llm).preemptions > 0
+        assert_nothing_held(llm)
+    assert [finished[index] for index in range(len(expected))] == expected
+
+
+@pytest.mark.parametrize("memory", ["fixed", "elastic"])
+def test_sleep_and_wake_up(jamba_of_large_states, memory):
+    """The arena's memory goes and comes back, with the weights in vLLM's own."""
+    expected = stock_answers(jamba_of_large_states)
+    with engine(
+        jamba_of_large_states,
+        avmp={**EAGER_ADMISSION, "memory": memory},
+        kv_cache_memory_bytes=128 * MIB,
+        enable_prefix_caching=True,
+        enable_sleep_mode=True,
+    ) as llm:
+        rounds = []
+        for _ in range(2):
+            rounds.append(greedy(llm, mixed_prompts()))
+            awake = torch.cuda.mem_get_info()[0]
+            llm.sleep(1)
+            assert torch.cuda.mem_get_info()[0] - awake > 32 * MIB
+            llm.wake_up()
+        rounds.append(greedy(llm, mixed_prompts()))
+    assert rounds == [expected] * 3
+
+
+# -- what people add -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernels", ["resolved", "handles"])
+def test_offloading_to_the_host(tiny_jamba, kernels):
+    """Prefixes come back through pinned memory on streams of their own."""
+    if kernels == "handles" and ON_V1:
+        pytest.skip("kernels by handle are Runner V2's")
+    rng = random.Random(3)
+    first = [tokens(rng, rng.randrange(100, 300)) for _ in range(16)]
+    second = [prompt + tokens(rng, 20) for prompt in first]
+    turns = [[{"prompt_token_ids": prompt} for prompt in turn] for turn in (first, second)]
+    with engine(tiny_jamba) as llm:
+        expected = [greedy(llm, turn, 8) for turn in turns]
+    with engine(
+        tiny_jamba,
+        avmp={"kernels": kernels},
+        kv_cache_memory_bytes=TIGHT,
+        enable_prefix_caching=True,
+        kv_offloading_size=0.125,
+        kv_offloading_backend="native",
+    ) as llm:
+        answers = [greedy(llm, turn, 8) for turn in turns]
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        assert counts["vllm:external_prefix_cache_hits"] > 400
+        assert_moved(llm)
+    assert answers == expected
+
+
+def serve_drafting(
+    model: str, speculative: dict[str, Any], avmp: dict[str, Any] | None, memory: int
+) -> dict[str, Any]:
+    """Two rounds of prompts that share prefixes, with drafts and a prefix cache."""
+    rng = random.Random(2)
+    prefix, again = tokens(rng, 150), tokens(rng, 40)
+    prompts = [
+        {"prompt_token_ids": (prefix if i % 2 else []) + tokens(rng, 40) + again[: 8 * (i % 5)] * 2}
+        for i in range(10)
+    ]
+    with engine(
+        model,
+        avmp=avmp,
+        kv_cache_memory_bytes=memory,
+        enable_prefix_caching=True,
+        speculative_config={"num_speculative_tokens": 3, **speculative},
+    ) as llm:
+        answers = [greedy(llm, prompts[::way], 24, temperature=0)[::way] for way in (1, -1)]
+        counts = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
+        if avmp is not None:
+            assert_nothing_held(llm)
+            assert_moved(llm)
+            assert counts["vllm:prefix_cache_hits"] > 0
+        return {
+            "answers": answers,
+            "drafted": counts["vllm:spec_decode_num_draft_tokens"],
+            "accepted": counts["vllm:spec_decode_num_accepted_tokens"],
+        }
+
+
+@pytest.mark.parametrize(
+    ("model", "speculative", "tight"),
+    [
+        pytest.param(
+            "tiny_granite",
+            {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
+            1_000_000,
+            id="ngram",
+        ),
+        pytest.param("tiny_mtp", {"method": "mtp"}, 1_500_000, id="mtp"),
+    ],
+)
+def test_drafts(request, model, speculative, tight):
+    """Drafts beside a prefix cache, whose states vLLM copies by kernels of its own."""
+    model = request.getfixturevalue(model)
+    stock = serve_drafting(model, speculative, None, AMPLE)
+    avmp = serve_drafting(model, speculative, EAGER_ADMISSION, tight)
+    assert stock["drafted"] > 0
+    assert avmp["answers"] == stock["answers"]
+    assert avmp["accepted"] > 0
+
+
+def test_large_bytes_are_seen(tiny_jamba):
+    """An arena beyond 2**31 elements: pages at both of its ends, which nothing else here has."""
+    expected = stock_answers(tiny_jamba)
+    with engine(
+        tiny_jamba, avmp={}, kv_cache_memory_bytes=12 << 30, enable_prefix_caching=True
+    ) as llm:
+        assert scheduler_of(llm).kv_cache_manager.arena.capacity(Kind.KV) > 0
+        rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+    assert rounds == [expected] * 2

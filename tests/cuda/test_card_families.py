@@ -1,0 +1,64 @@
+"""Every family of hybrids on a card, with the layers and kernels that vLLM has there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import mixed_jamba
+import pytest
+from enginelib import assert_nothing_held, counted, engine, greedy, mixed_prompts
+from hybrids import COUNT, FAMILIES, LONGEST, NEW_TOKENS
+
+_PROMPTS = mixed_prompts(1, COUNT)
+#: Attempts of stock vLLM, the first that starts is compared with: fp32, and where its kernels for
+#: the family take none, bf16, one request at a time so that nothing depends on a batch.
+_DTYPES: tuple[dict[str, Any], ...] = ({}, {"dtype": "bfloat16", "max_num_seqs": 1})
+
+
+@contextlib.contextmanager
+def layers_of(name: str) -> Iterator[None]:
+    """The made-up Jambas need their layers; all others are vLLM's own."""
+    with mixed_jamba.installed() if name.startswith("mixed_") else contextlib.nullcontext():
+        yield
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_answers_equal_stock(name, tmp_path):
+    """In a tight arena, without a cache and with one in two rounds."""
+    family, model = FAMILIES[name], str(tmp_path)
+    family.write(model)
+    refusals = []
+    for options in _DTYPES:
+        try:
+            with layers_of(name), engine(model, max_model_len=LONGEST, **options) as llm:
+                expected = greedy(llm, _PROMPTS, NEW_TOKENS)
+            break
+        except Exception as error:
+            refusals.append(f"{type(error).__name__}: {error}")
+    else:
+        pytest.skip(f"stock vLLM does not serve this here: {'; '.join(refusals)}")
+    avmp = {"checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0}
+    found, did = [], []
+    for caching in (False, True):
+        with (
+            layers_of(name),
+            engine(
+                model,
+                avmp=avmp,
+                max_model_len=LONGEST,
+                kv_cache_memory_bytes=family.tight,
+                enable_prefix_caching=caching,
+                **options,
+            ) as llm,
+        ):
+            found.append(greedy(llm, _PROMPTS, NEW_TOKENS))
+            if caching:
+                found.append(greedy(llm, _PROMPTS[::-1], NEW_TOKENS)[::-1])
+            assert_nothing_held(llm)
+            did.append(counted(llm))
+    assert found == [expected] * 3
+    print(name, options, did)
+    if not options:
+        assert any(sum(one.statistics.relocations.values()) for one in did)
