@@ -201,6 +201,14 @@ OVERRIDDEN: dict[str, tuple[str, ...]] = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._init_minimal_kv_cache_for_profiling": (
         "self",
     ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding": (
+        "self",
+        "num_tokens",
+        "num_reqs",
+        "num_scheduled_tokens_np",
+        "*",
+        "force_uniform_decode",
+    ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.shutdown": ("self",),
     "vllm.v1.worker.gpu_worker:Worker._make_model_runner": ("self",),
     "vllm.v1.worker.gpu_worker:Worker.sleep": ("self", "level"),

@@ -65,6 +65,9 @@ class Device(Host):
     def poke(self, address: int, data: bytes) -> None:
         try:
             self.memory._call("cuMemcpyHtoD", address, data, len(data))
+            # A copy from pageable memory may still run on return, and would fault if its target
+            # were unmapped.
+            self.memory.synchronize()
         except DriverError:
             sys.exit(CUDA_FAULT)
 

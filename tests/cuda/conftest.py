@@ -15,6 +15,9 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+# vLLM's Triton kernels multiply fp32 in TF32 unless told otherwise, whose ten bits of mantissa let
+# another batch change the best token.
+os.environ["TRITON_F32_DEFAULT"] = "ieee"
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
 import pytest

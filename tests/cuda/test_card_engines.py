@@ -31,11 +31,18 @@ from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.core import Kind
 
 ON_V1 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
+#: Whether nobody else takes the card's memory meanwhile.
+ALONE = "PYTEST_XDIST_WORKER" not in os.environ
 MIB = 1 << 20
 #: An arena of the tiny Jamba in which the mixed prompts preempt, migrate and relocate.
 TIGHT = 1_600_000
-#: Admits until somebody must be preempted.
-EAGER_ADMISSION = {"checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0}
+#: Admits until somebody must be preempted. Pages as on CPUs, for whose sizes the arenas are tight.
+EAGER_ADMISSION = {
+    "page_tokens": 32,
+    "checkpoint_tokens": 128,
+    "admission": "growth",
+    "growth_tokens": 0,
+}
 GRAPHS = {
     "eager": {},
     "graphs": {
@@ -175,7 +182,8 @@ def test_elastic_memory(jamba_of_large_states, kernels, graphs):
         rest = memory(full["least_budget"])
         assert rest["backed"] <= rest["held"] + 2 * rest["chunk_bytes"]
         assert rest["backed"] < full["backed"] // 2
-        assert torch.cuda.mem_get_info()[0] - free >= full["backed"] - rest["backed"]
+        if ALONE:
+            assert torch.cuda.mem_get_info()[0] - free >= full["backed"] - rest["backed"]
         assert_nothing_held(llm)
         memory("40MiB")
         rounds.append(greedy(llm, mixed_prompts()))
@@ -224,7 +232,7 @@ def test_sleep_and_wake_up(jamba_of_large_states, memory):
             rounds.append(greedy(llm, mixed_prompts()))
             awake = torch.cuda.mem_get_info()[0]
             llm.sleep(1)
-            assert torch.cuda.mem_get_info()[0] - awake > 32 * MIB
+            assert not ALONE or torch.cuda.mem_get_info()[0] - awake > 32 * MIB
             llm.wake_up()
         rounds.append(greedy(llm, mixed_prompts()))
     assert rounds == [expected] * 3
@@ -246,7 +254,7 @@ def test_offloading_to_the_host(tiny_jamba, kernels):
         expected = [greedy(llm, turn, 8) for turn in turns]
     with engine(
         tiny_jamba,
-        avmp={"kernels": kernels},
+        avmp={"kernels": kernels, "page_tokens": 32},
         kv_cache_memory_bytes=TIGHT,
         enable_prefix_caching=True,
         kv_offloading_size=0.125,

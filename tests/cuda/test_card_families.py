@@ -39,7 +39,7 @@ def test_answers_equal_stock(name, tmp_path):
             refusals.append(f"{type(error).__name__}: {error}")
     else:
         pytest.skip(f"stock vLLM does not serve this here: {'; '.join(refusals)}")
-    avmp = {"checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0}
+    avmp = {"page_tokens": 32, "checkpoint_tokens": 128, "admission": "growth", "growth_tokens": 0}
     found, did = [], []
     for caching in (False, True):
         with (

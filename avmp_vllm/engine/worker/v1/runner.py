@@ -18,6 +18,7 @@ from avmp_vllm.engine.worker.profiling import initialize_least_cache
 from avmp_vllm.engine.worker.v1.block_tables import PAGE_TABLE, HandleBuffer
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from vllm.sequence import IntermediateTensors
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -90,6 +91,36 @@ class MovePlanRunnerMixin(GPUModelRunner):
         if self._plans is not None:
             self._plans.saves.end()
         return result
+
+    def _determine_batch_execution_and_padding(
+        self,
+        num_tokens: int,
+        num_reqs: int,
+        num_scheduled_tokens_np: np.ndarray,
+        *args: Any,
+        force_uniform_decode: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Choose how a batch runs: a graph of decodes only where all rows are decodes.
+
+        Runner V1 goes by shape alone: a prompt of one token beside decodes has theirs, and the
+        graph would read a state that the request does not have. V2 looks, as this does.
+        """
+        if force_uniform_decode is None:
+            batch = self.input_batch
+            computed = batch.num_computed_tokens_cpu[:num_reqs]
+            prompts = computed < batch.num_prompt_tokens[:num_reqs]
+            # One token behind others of its prompt does what a decode does.
+            if (prompts & ((computed == 0) | (num_scheduled_tokens_np > 1))).any():
+                force_uniform_decode = False
+        return super()._determine_batch_execution_and_padding(
+            num_tokens,
+            num_reqs,
+            num_scheduled_tokens_np,
+            *args,
+            force_uniform_decode=force_uniform_decode,
+            **kwargs,
+        )
 
     def shutdown(self) -> None:
         """Let go of the arena's bytes with everything else."""
