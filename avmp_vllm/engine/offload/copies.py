@@ -44,7 +44,7 @@ def host_rows(caches: CanonicalKVCaches, slabs: int, span: int) -> list[torch.Te
 
 
 class StreamCopies(CPUOffloadingWorker):
-    """vLLM's copies on streams of a device, over rows of two sizes. They have not run on a GPU yet.
+    """vLLM's copies on streams of a device, over rows of two sizes.
 
     Args:
         caches: The arena's two views.

@@ -1,4 +1,4 @@
-"""The CUDA worker. It has not run on a GPU yet."""
+"""The CUDA worker."""
 
 from __future__ import annotations
 
