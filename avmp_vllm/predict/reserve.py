@@ -6,7 +6,9 @@ nothing but what others hold with it. With independent answers the pages held th
 
     mean(t) = sum p(t) * need(t)        var(t) = sum p(t) * (1 - p(t)) * need(t)**2
 
-and the reserve is the largest of ``mean(t) + risk * sqrt(var(t)) - held now`` over the window.
+and the reserve is the largest of ``mean(t) + risk * sqrt(var(t)) - held now`` over the window. No
+more than all of them can need counts: with a handful of requests, each a large part of memory, the
+spread of who ends is wider than what anybody can still take.
 
 A state counts as its bytes in pages. Slots are rows of a few arrays, so that reckoning takes a
 dozen array operations and no loop over the requests.
@@ -215,11 +217,12 @@ class RunningSet:
         pages = self._pages(used) - self._whole[2, :used]
         need = np.add.outer(self._ahead_pages, pages + self._state)
         now = float(need[0].sum())
+        most = need.sum(axis=1)
         expected = alive * need
         mean = expected.sum(axis=1)
         # p * (1 - p) * need**2
         need -= expected
         need *= expected
-        need_at = mean + risk * np.sqrt(need.sum(axis=1))
+        need_at = np.minimum(mean + risk * np.sqrt(need.sum(axis=1)), most)
         missing = self._missing() if self._coming else 0
         return max(math.ceil(float(need_at.max()) - now + missing - 1e-9), 0)

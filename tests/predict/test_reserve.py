@@ -61,13 +61,15 @@ def naive(requests: list[Request], state: float, risk: float, window: int) -> tu
     most = 0.0
     for pages in pages_ahead(PAGE, window):
         ahead = pages * PAGE
-        mean = variance = 0.0
+        mean = variance = everybody = 0.0
         for request in requests:
             alive = request.forecast.survival(ahead, request.generated)
             wanted = need(request, ahead, state)
             mean += alive * wanted
             variance += alive * (1 - alive) * wanted**2
-        most = max(most, mean + risk * math.sqrt(variance) - now + missing)
+            everybody += wanted
+        wanted = min(mean + risk * math.sqrt(variance), everybody)
+        most = max(most, wanted - now + missing)
     return max(math.ceil(most - 1e-9), 0), held
 
 
@@ -181,7 +183,7 @@ def test_no_horizon_between_those_looked_at_needs_much_more() -> None:
             wanted = [need(each, ahead, 2.0) for each in requests]
             mean = sum(p * n for p, n in zip(alive, wanted, strict=True))
             spread = sum(p * (1 - p) * n * n for p, n in zip(alive, wanted, strict=True))
-            most = max(most, mean + 1.25 * math.sqrt(spread) - now)
+            most = max(most, min(mean + 1.25 * math.sqrt(spread), sum(wanted)) - now)
         assert most * 0.95 - 1 <= running.reserve(1.25) <= math.ceil(most)
 
 
@@ -194,6 +196,15 @@ def test_certain_answers_need_what_they_say() -> None:
         running.add(name, sure, 30, 10)
     # 40 tokens fill three pages. They live for 16, 32 and 48 more, and not for 64.
     assert running.reserve(0.0) == running.reserve(5.0) == 30
+
+
+def test_few_requests_of_large_states_keep_no_more_than_they_can_take() -> None:
+    """Who ends is uncertain by more bytes than those that run can grow by."""
+    running = RunningSet(BINS, PAGE, 500.0, 64)
+    for name in range(4):
+        running.add(name, FORECASTS[3], 30, 10)
+    assert running.reserve(0.0) == 0
+    assert running.reserve(1.25) == running.reserve(100.0) == 4 * 64 // PAGE
 
 
 def test_more_risk_or_more_requests_keep_more() -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Running answers are looked at every so many steps, to learn that they go on.
 LOOK_STEPS = 16
+#: With forecasts, a state that moves to a new block within so many tokens has one kept free.
+MOVE_TOKENS = 64
 
 
 def growing(geometry: Geometry) -> list[PageGroup]:
@@ -41,6 +43,8 @@ class GrowthAdmission:
         held: Pages of the requests that hold any, by request.
 
     Attributes:
+        move_tokens: A running state that moves within so many tokens has a block kept free, for
+            it holds two while it moves.
         score: Of forecasts, which are not made here.
         reserve: Pages that a newcomer had to leave free, the last time that one asked.
         refusals: Times that a request had to go on waiting for room.
@@ -49,6 +53,7 @@ class GrowthAdmission:
     def __init__(self, geometry: Geometry, tokens: int, held: Held) -> None:
         self._each = sum(ceil_div(tokens, group.page_tokens) for group in growing(geometry))
         self._held = held
+        self.move_tokens = tokens
         self.score = Score()
         self.reserve = 0
         self.refusals = 0
@@ -105,6 +110,7 @@ class ForecastAdmission(GrowthAdmission):
         held: Held,
     ) -> None:
         super().__init__(geometry, 0, held)
+        self.move_tokens = MOVE_TOKENS
         self._page = geometry.page_tokens
         #: Pages of all groups for each page of the first.
         self._tables = sum(self._page / group.page_tokens for group in growing(geometry))

@@ -201,11 +201,11 @@ class AVMPBlockSpaceManager(KVCacheManager):
         """
         return (
             self.checkpoints is not None
-            and self.config.growth_tokens > 0
+            and self.admission.move_tokens > 0
             # A newcomer needs a state of its own.
             and self._available_pages >= growth + self._move_pages > growth
             and not any(
-                states.moves(self.config.growth_tokens)
+                states.moves(self.admission.move_tokens)
                 for states in self.coordinator.state_managers
             )
         )
