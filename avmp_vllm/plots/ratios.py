@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,7 @@ def panels(groups: Mapping[str, Sequence[Ratio]], title: str) -> Figure:
         loc="outside lower center",
         ncols=3,
     )
-    made.suptitle(title, x=0.01, ha="left", fontsize=10)
+    made.suptitle(textwrap.fill(title, 60 * columns), x=0.01, ha="left", fontsize=10)
     return made
 
 

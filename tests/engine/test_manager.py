@@ -19,10 +19,13 @@ from families import FAMILIES, layers, with_blocks
 from vllm.config import KVEventsConfig
 from vllm.distributed.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from vllm.engine.arg_utils import EngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256_cbor
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.kv_cache_utils import (
     get_block_hash,
     make_block_hash_with_group_id,
@@ -155,14 +158,15 @@ class Driver:
         self.hits: dict[str, int] = {}
         self.finished: list[str] = []
 
-    def add(self, name: str, prompt: list[int], answer: int) -> Request:
-        """Queue a request that answers with so many tokens."""
+    def add(self, name: str, prompt: list[int], answer: int, **features: Any) -> Request:
+        """Queue a request that answers with so many tokens; ``features`` are vLLM's."""
         request = Request(
             request_id=name,
             prompt_token_ids=prompt,
             sampling_params=SamplingParams(max_tokens=answer, ignore_eos=True),
             pooling_params=None,
             block_hasher=self.hasher if self.manager.enable_caching else None,
+            **features,
         )
         self.scheduler.add_request(request)
         return request
@@ -521,6 +525,48 @@ def test_a_short_prompt_hits_the_cache(model: str) -> None:
     assert hit(driver, "second", tokens) == 192
     assert hit(driver, "parts", [*tokens[:150], *prompt("tail", 100)]) == 0
     assert hit(driver, "parts too", [*tokens[:150], *prompt("other", 100)]) == 128
+
+
+def _adapter(name: str) -> dict[str, Any]:
+    return {"lora_request": LoRARequest(name, 1 + len(name), "/nowhere")}
+
+
+def _picture(name: str) -> dict[str, Any]:
+    """Tokens 10 to 20 of the prompt stand for a picture."""
+    feature = MultiModalFeatureSpec(
+        data=None, modality="image", identifier=name, mm_position=PlaceholderRange(10, 10)
+    )
+    return {"mm_features": [feature]}
+
+
+@pytest.mark.parametrize(
+    ("mine", "others"),
+    [
+        pytest.param(_adapter("a"), [{}, _adapter("bb")], id="lora"),
+        pytest.param(_picture("cat"), [{}, _picture("dog")], id="picture"),
+        pytest.param({"cache_salt": "a"}, [{}, {"cache_salt": "b"}], id="salt"),
+    ],
+)
+def test_answers_are_found_by_their_own_alone(
+    model: str, mine: dict[str, Any], others: list[dict[str, Any]]
+) -> None:
+    """A conversation resumes inside of its answer: not another adapter's, picture's or salt's."""
+    driver = Driver(model, arena_for(8.0), options={})
+    driver.scheduler.max_num_encoder_input_tokens = 1000
+    driver.scheduler.encoder_cache_manager = EncoderCacheManager(cache_size=1000)
+    said = prompt("chat", 100)
+    request = driver.add("first", said, 90, **mine)
+    driver.run(limit=200)
+    said = [*said, *request.output_token_ids, *prompt("next", 20)]
+    for number, other in enumerate(others):
+        driver.add(f"other{number}", said, 4, **other)
+        driver.run(limit=20)
+        assert driver.hits[f"other{number}"] == 0
+    driver.add("own", said, 4, **mine)
+    driver.run(limit=20)
+    # Behind the prompt's last page, at 96; states of answers stand 64 tokens apart.
+    assert driver.hits["own"] >= 128
+    driver.check_empty()
 
 
 def test_a_state_is_had_although_the_cache_is_all_pages(model: str) -> None:

@@ -184,6 +184,32 @@ def test_a_conversation_resumes_inside_of_its_last_answer(tiny_jamba, monkeypatc
         assert _conversation(llm)[0] != expected
 
 
+def test_each_of_several_answers_is_resumed(tiny_jamba):
+    """``n = 3``: every answer goes on as a conversation of its own, from a state inside of it."""
+
+    def talk(llm):
+        rng = random.Random(9)
+        first, more = tokens(rng, 70), tokens(rng, 20)
+        params = SamplingParams(
+            n=3, temperature=2.0, seed=4, max_tokens=90, ignore_eos=True, detokenize=False
+        )
+        (output,) = llm.generate([{"prompt_token_ids": first}], params, use_tqdm=False)
+        answers = [list(answer.token_ids) for answer in output.outputs]
+        said = [_answer(llm, [*first, *answer, *more], max_tokens=8) for answer in answers]
+        return answers, [reply for reply, _ in said], [hit for _, hit in said]
+
+    with engine(tiny_jamba, max_model_len=1024) as llm:
+        answers, expected, _ = talk(llm)
+    assert len({tuple(answer) for answer in answers}) == 3
+    with engine(tiny_jamba, avmp={}, enable_prefix_caching=True, max_model_len=1024) as llm:
+        same, said, hits = talk(llm)
+        assert_nothing_held(llm)
+    assert same == answers
+    assert said == expected
+    # Answers of 90 tokens behind a prompt of 70 leave a state at 128.
+    assert hits == [128] * 3
+
+
 def test_reset_frees_everything(tiny_jamba):
     """Resetting the prefix cache leaves no page cached in either pool."""
     prompt = tokens(random.Random(6), 200)
