@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.request import RequestStatus
 
 from avmp_vllm.backing.torch_buffer import TorchBuffer
 from avmp_vllm.bench.jamba_3b import MAX_MODEL_LEN, Side, managers
@@ -86,6 +87,7 @@ class _Traffic:
         if manager.allocate_slots(request, self.tokens) is None:
             raise RuntimeError("the benchmark's arena is too small for its requests")
         self.end_step()
+        request.status = RequestStatus.RUNNING
         request.num_computed_tokens = self.tokens
 
     def end_step(self) -> None:
@@ -97,9 +99,10 @@ class _Traffic:
         manager.take_boundary_state_offloads()
 
     def whole(self, requests: list[Any]) -> None:
-        """Allocate and free."""
+        """Allocate and free, as the scheduler does with a request that ends."""
         for request in requests:
             self.start(request)
+            request.status = RequestStatus.FINISHED_STOPPED
             self.side.manager.free(request)
 
     def settle(self) -> None:

@@ -201,7 +201,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
             prefill_end = 0  # as in the parent: dense retention reserves on every chunk
         if apply_admission_cap:
             prefill_end = NOT_NOW  # a state saved inside of a chunk can be forgone
-        need = dict.fromkeys(Kind, 0)
+        need = [0, 0]
         for manager, kind, computed in zip(
             self.single_type_managers, self.kinds, new_computed_blocks, strict=True
         ):
@@ -220,8 +220,13 @@ class DualPoolCoordinator(KVCacheCoordinator):
         if self.memory is not None:
             cached = self._cached(new_computed_blocks)
             self.memory.make_room(pages, blocks, (cached[Kind.KV], cached[Kind.SSM]))
+        if not (pages or blocks):
+            # Most decode steps: the token goes where there is room already.
+            if not apply_admission_cap:
+                self._next = 0, 0
+            return 0
         if not apply_admission_cap and not arena.fits(pages, blocks):
-            blocks = need[Kind.SSM] = blocks - self._forgo(request_id)
+            blocks -= self._forgo(request_id)
         if not arena.fits(pages, blocks):
             # More states than can exist is how a manager says "in the next step": no failure.
             if not apply_admission_cap and blocks <= arena.geometry.block_limit:
@@ -288,7 +293,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
             held = self._held_states.get(request_id)
             self.checkpoints.begin(request_id, held[-1] if held else None)
         (pages, blocks), self._next = self._next, (0, 0)
-        if self.arena.fits(pages, blocks):
+        if (pages or blocks) and self.arena.fits(pages, blocks):
             self.arena.reserve(pages, blocks)
         return super().allocate_new_blocks(request_id, *args, **kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -16,26 +16,75 @@ from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 from vllm.utils.torch_utils import _resolve_layer_name
 
 
-def sequences(metadata: Any) -> Iterator[tuple[slice, int, bool]]:
-    """Tokens, state and whether that state is already one, of each sequence of a batch."""
-    starts = metadata.non_spec_query_start_loc.tolist()
-    slots = metadata.non_spec_state_indices_tensor.tolist()
-    resumes = metadata.has_initial_state
-    for index in range(metadata.num_decodes + metadata.num_prefills):
-        resume = resumes is None or bool(resumes[index])
-        yield slice(starts[index], starts[index + 1]), slots[index], resume
+class Run(NamedTuple):
+    """The tokens of one sequence in a batch, and its states.
+
+    Attributes:
+        tokens: Their places in the batch.
+        begins: Block of the state that they go on from; None for none.
+        ends: Block that gets the state after each token; without drafts the last one counts.
+        history: Convolution inputs to skip in the first block, which holds more with drafts.
+    """
+
+    tokens: list[int]
+    begins: int | None
+    ends: list[int]
+    history: int | None = None
+
+
+def sequences(metadata: Any) -> Iterator[Run]:
+    """A batch's sequences: those without drafts, then those with."""
+    drafted = metadata.spec_sequence_masks is not None
+    count = metadata.num_decodes + metadata.num_prefills
+    if count:
+        starts = metadata.non_spec_query_start_loc.tolist()
+        slots = metadata.non_spec_state_indices_tensor.tolist()
+        places = range(starts[count])
+        if drafted:
+            places = metadata.non_spec_token_indx.tolist()
+        resumes = metadata.has_initial_state
+        for index in range(count):
+            tokens = list(places[starts[index] : starts[index + 1]])
+            resume = resumes is None or bool(resumes[index])
+            slot = slots[index]
+            yield Run(tokens, slot if resume else None, [slot] * len(tokens))
+    if drafted:
+        starts = metadata.spec_query_start_loc.tolist()
+        slots = metadata.spec_state_indices_tensor.tolist()
+        places = range(starts[metadata.num_spec_decodes])
+        if count:
+            places = metadata.spec_token_indx.tolist()
+        for index in range(metadata.num_spec_decodes):
+            tokens = list(places[starts[index] : starts[index + 1]])
+            accepted = int(metadata.num_accepted_tokens[index])
+            if tokens:
+                yield Run(tokens, slots[index][accepted - 1], slots[index], accepted - 1)
 
 
 def convolve(x: torch.Tensor, layer: Any, metadata: Any) -> torch.Tensor:
-    """Causal convolutions over ``x`` [tokens, channels] and the layer's first state."""
+    """Causal convolutions over ``x`` [tokens, channels] and the layer's first state.
+
+    With drafts a state holds the inputs of all tokens that may still be rejected, in the first of
+    a sequence's blocks.
+    """
     weight = layer.conv1d.weight  # [channels, 1, width]
+    past = weight.shape[-1] - 1
     states = layer.kv_cache[0] if is_conv_state_dim_first() else layer.kv_cache[0].mT
     result = torch.empty_like(x)
-    for tokens, slot, resume in sequences(metadata):
-        before = states[slot] if resume else torch.zeros_like(states[slot])
-        seen = torch.cat([before, x[tokens].T], dim=1)
-        states[slot].copy_(seen[:, -before.shape[1] :])
-        result[tokens] = functional.silu(
+    for run in sequences(metadata):
+        state = states[run.ends[0]]
+        new = x[run.tokens].T
+        if run.history is None:
+            held = state[:, :past]
+            before = torch.zeros_like(held) if run.begins is None else held.clone()
+            seen = torch.cat([before, new], dim=1)
+            held.copy_(seen[:, -past:])
+        else:
+            at = run.history
+            seen = torch.cat([state[:, at : at + past], new], dim=1)
+            kept = state[:, at + 1 : at + 1 + state.shape[1] - new.shape[1]]
+            state.copy_(torch.cat([kept, new], dim=1))
+        result[run.tokens] = functional.silu(
             functional.conv1d(seen[None], weight, layer.conv1d.bias, groups=len(seen))[0].T
         )
     return result
@@ -65,14 +114,17 @@ def recur(
     q = functional.normalize(q, dim=-1) * q.shape[-1] ** -0.5
     k = functional.normalize(k, dim=-1)
     keep, beta = decay.exp()[..., None], beta[..., None]
-    for tokens, slot, resume in sequences(metadata):
-        state = states[slot].clone() if resume else torch.zeros_like(states[slot])
-        for at in range(tokens.start, tokens.stop):
+    for run in sequences(metadata):
+        state = torch.zeros_like(states[0]) if run.begins is None else states[run.begins].clone()
+        for at, slot in zip(run.tokens, run.ends, strict=False):
             state *= keep[at]
             change = (v[at] - torch.einsum("hk,hkv->hv", k[at], state)) * beta[at]
             state += k[at][..., None] * change[:, None]
             out[at] = torch.einsum("hk,hkv->hv", q[at], state)
-        states[slot].copy_(state)
+            if run.history is not None:
+                states[slot].copy_(state)
+        if run.history is None:
+            states[run.ends[0]].copy_(state)
 
 
 def gated_delta_net(
