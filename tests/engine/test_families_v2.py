@@ -18,6 +18,7 @@ from enginelib import engine, greedy, mixed_prompts
 from hybrids import COUNT, FAMILIES, NEW_TOKENS, layers_of
 
 from avmp_vllm.engine.entry.config import SELECTED
+from avmp_vllm.models.tiny_hybrids import write_tiny_qwen3_next_mtp
 
 _SCRIPT = Path(__file__).with_name("v2_families.py")
 
@@ -28,6 +29,7 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("families")
     for name, family in FAMILIES.items():
         family.write(folder / name)
+    write_tiny_qwen3_next_mtp(folder / "mtp")
     return folder
 
 
@@ -77,6 +79,18 @@ def test_answers_equal_stock_without_a_cache(done, expected, name):
     did = done[name + " uncached"]
     assert did["preemptions"] + done[name]["preemptions"]
     assert did["rounds"] == [expected[name]]
+
+
+def test_drafts_by_the_models_own_layer_equal_stock(done):
+    """With a prefix cache, whose states vLLM copies for drafting requests; and each draft."""
+    stock, avmp = done["drafts_stock"], done["drafts"]
+    assert len(stock["drafts"]) > 100
+    assert avmp["answers"] == stock["answers"]
+    assert avmp["drafts"] == stock["drafts"]
+    assert 0 < avmp["accepted"] == stock["accepted"] < avmp["drafted"] == stock["drafted"]
+    assert avmp["hits"] > 0
+    assert avmp["migrations"] > 0
+    assert avmp["relocations"] > 0
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,13 @@ def first_layout_alone(folder: Path) -> dict[str, Any]:
         return serve(folder, "mixed_mixed", True, avmp={"verify": False})
 
 
+def drafting(folder: Path, avmp: dict[str, Any] | None) -> dict[str, Any]:
+    """Qwen3-Next with the layer that it has for drafts, and a prefix cache."""
+    return v2_process.drafting(
+        str(folder / "mtp"), avmp, {"method": "mtp"}, partial(layers_of, "qwen3_next"), 1_500_000
+    )
+
+
 def refused(folder: Path) -> dict[str, str]:
     """What AVMP's kernels say to families whose pages they do not read."""
     said = {}
@@ -117,6 +124,8 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         **uncached,
         "window_not_resolved": partial(window_not_resolved, folder),
         "first_layout_alone": partial(first_layout_alone, folder),
+        "drafts_stock": partial(drafting, folder, None),
+        "drafts": partial(drafting, folder, v2_process.DRAFTING),
         "refused": partial(refused, folder),
         "far_states": far_states,
     }

@@ -16,7 +16,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,12 +159,32 @@ def cuda_layers(name: str, model: str) -> dict[str, Any]:
         return {**serve(name, model), "launched": sorted(launched)}
 
 
-def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
-    """Serve prompts whose answers are drafted from what came before, and note every draft.
+#: AVMP's options where drafts are made.
+DRAFTING = {
+    "checkpoint_tokens": 128,
+    "admission": "growth",
+    "growth_tokens": 0,
+    "migration_batch": 8,
+}
+#: Drafts from what came before.
+NGRAM = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+
+
+def drafting(
+    model: str,
+    avmp: dict[str, Any] | None,
+    speculative: dict[str, Any],
+    layers: Callable[[], AbstractContextManager[None]],
+    memory: int,
+) -> dict[str, Any]:
+    """Serve prompts whose answers are drafted, and note every draft.
 
     Args:
-        model: Folder of a Mamba-2 hybrid.
+        model: Folder of a hybrid.
         avmp: AVMP's options, None for stock vLLM.
+        speculative: How drafts are made.
+        layers: What has engines build the model's layers.
+        memory: Bytes of AVMP's arena; stock vLLM has eight times as many.
     """
     drafts: dict[str, list[int]] = {}
     engines: list[Any] = []
@@ -185,18 +205,17 @@ def drafting(model: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
         {"prompt_token_ids": tokens(rng, rng.choice([5, 30, 60])) + again[: 8 * (i % 5)] * 2}
         for i in range(8)
     ]
-    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1}
     with (
-        cuda_mamba_layers(),
+        layers(),
         mock.patch.object(DraftTokensHandler, "set_draft_tokens", noting),
         engine(
             model,
             avmp=avmp,
-            kv_cache_memory_bytes=4_000_000 if avmp is None else 500_000,
+            kv_cache_memory_bytes=8 * memory if avmp is None else memory,
             max_model_len=320,
             max_num_seqs=3,
             enable_prefix_caching=True,
-            speculative_config={**ngram, "prompt_lookup_max": 3},
+            speculative_config={"num_speculative_tokens": 3, **speculative},
         ) as llm,
     ):
         engines.append(llm)
@@ -636,16 +655,8 @@ def scenarios(
         "cuda_mamba1": lambda: cuda_layers("cuda_mamba1", short),
         "cuda_mamba2": lambda: cuda_layers("cuda_mamba2", short_granite),
         "offloading": lambda: offloading(jamba),
-        "drafts_stock": lambda: drafting(short_granite, None),
-        "drafts": lambda: drafting(
-            short_granite,
-            {
-                "checkpoint_tokens": 128,
-                "admission": "growth",
-                "growth_tokens": 0,
-                "migration_batch": 8,
-            },
-        ),
+        "drafts_stock": lambda: drafting(short_granite, None, NGRAM, cuda_mamba_layers, 500_000),
+        "drafts": lambda: drafting(short_granite, DRAFTING, NGRAM, cuda_mamba_layers, 500_000),
         "branching": lambda: branching(short_granite, 0),
         "branching_dense": lambda: branching(short_granite, None),
         "branching_interval": lambda: branching(short_granite, 256),
