@@ -91,7 +91,7 @@ class OffloadingConnector(StockConnector):
         arena = getattr(kv_cache_manager, "arena", None)
         if arena is not None:
             assert isinstance(arena, NotingArena)
-            self.fence = Fence(arena)
+            self.fence = kv_cache_manager.fence = Fence(arena)
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
     from vllm.v1.request import Request
 
+    from avmp_vllm.engine.offload.fence import Fence
     from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 
 
@@ -82,6 +83,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
             )
             self.coordinator.memory = self.memory
         self.block_pool = self.coordinator.block_pool
+        #: Set by a connector that copies pages beside the model.
+        self.fence: Fence | None = None
         self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
         # A running state moves to a new block at each checkpoint, and frees the old one after.
         self._move_pages = (

@@ -205,6 +205,12 @@ COUNTERS: tuple[Metric, ...] = (
     _worker("memory_given_back_bytes", "Bytes given back.", lambda w: [w.given_back]),
     _worker("memory_fence_waits", "Steps that waited for memory.", lambda w: [w.fence_waits]),
     Metric(
+        "transfer_waits",
+        "Transfers to or from the host that a step had to wait for.",
+        "",
+        lambda manager: [0 if manager.fence is None else manager.fence.waits],
+    ),
+    Metric(
         "admission_refusals",
         "Times that a request had to go on waiting for room.",
         "",
