@@ -70,9 +70,9 @@ class _Traffic:
         self.made = 0
         self.running: list[Any] = []
 
-    def requests(self, extra: int = 0) -> list[Any]:
-        """Make a round's requests, of ``extra`` tokens more than the length."""
-        return [self.request(self.tokens + extra) for _ in range(REQUESTS)]
+    def requests(self) -> list[Any]:
+        """Make a round's requests."""
+        return [self.request(self.tokens) for _ in range(REQUESTS)]
 
     def request(self, tokens: int) -> Any:
         """Make one request with a random prompt."""
@@ -113,20 +113,21 @@ class _Traffic:
             longest.whole([longest.request(4096) for _ in range(SETTLING)])
 
     def running_requests(self) -> list[Any]:
-        """Free the last round's requests and start new ones, a few tokens short."""
+        """Free the last round's requests and start new ones."""
         for request in self.running:
             self.side.manager.free(request)
-        self.running = self.requests(extra=STEPS)
+        self.running = self.requests()
         for request in self.running:
             self.start(request)
         return self.running
 
     def steps(self, requests: list[Any]) -> None:
-        """One token a step for every request."""
+        """One token a step for every request, each known before the next."""
         manager = self.side.manager
         for _ in range(STEPS):
             manager.new_step_starts()
             for request in requests:
+                request.append_output_token_ids(0)
                 if manager.allocate_slots(request, 1) is None:
                     raise RuntimeError("the benchmark's arena is too small for its requests")
                 request.num_computed_tokens += 1

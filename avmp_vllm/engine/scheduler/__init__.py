@@ -6,6 +6,7 @@ sessions      streaming sessions, which may have to start over
 manager       ``AVMPBlockSpaceManager``, vLLM's ``KVCacheManager``
 admission     how much room a newcomer leaves to those that run
 victims       whom vLLM preempts
+inside_pages  decode steps in which a request needs nothing
 coordinator   vLLM's ``KVCacheCoordinator`` over both pools
 block_pool    vLLM's ``BlockPool`` over one pool of the arena
 state_pool    the pool of states, each published at its own position only

@@ -20,6 +20,7 @@ from avmp_vllm.engine.scheduler.coordinator import (
     AVMPCoordinatorNoPrefixCache,
     without_blocks,
 )
+from avmp_vllm.engine.scheduler.inside_pages import inside_pages
 from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.victims import Victims
 from avmp_vllm.predict import LengthForecaster
@@ -104,6 +105,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
         #: Tokens computed a second time, after preemptions.
         self.recomputed = 0
         self._computed_before: dict[str, int] = {}
+        self._inside_pages = None if transfers else inside_pages(self)
         self._plans = 0
         self._copies: list[Copy] = []
         self._saves: list[Save] = []
@@ -157,6 +159,9 @@ class AVMPBlockSpaceManager(KVCacheManager):
         what those may still need.
         """
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+        inside = self._inside_pages
+        if inside is not None and num_new_tokens == 1 and not waits and inside.goes_on(request):
+            return self.empty_kv_cache_blocks
         hit = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens
         growth = self._watermark
         if waits and has_scheduled_reqs:
@@ -194,6 +199,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
             self.admission.refused(request)
         elif waits:
             self._admitted(request, hit, hit + num_new_tokens)
+        elif inside is not None and blocks is not None and num_new_tokens == 1:
+            inside.note(request, hit + 1)
         return blocks
 
     def _may_do_without_move(self, growth: int) -> bool:
@@ -270,6 +277,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
 
     def _leave(self, request: Request) -> None:
         """A request's blocks go."""
+        if self._inside_pages is not None:
+            self._inside_pages.forget(request.request_id)
         if self.checkpoints is not None:
             self.checkpoints.leave(request.request_id)
         self.admission.left(request)
@@ -359,6 +368,8 @@ class AVMPBlockSpaceManager(KVCacheManager):
         vLLM publishes a chunk's blocks when it schedules the chunk. With priorities, a request may
         be preempted later in the same step, and the chunk is never computed.
         """
+        if self._inside_pages is not None:
+            self._inside_pages.forget(request.request_id)
         for states in self.coordinator.state_managers:
             states.lose_chunk(request.request_id)
         for manager in self.coordinator.single_type_managers:

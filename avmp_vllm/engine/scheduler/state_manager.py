@@ -202,6 +202,27 @@ class StateManager(MambaManager):
             return 0
         return self.block_pool.positions[blocks[-1 - self.num_speculative_blocks].block_id]
 
+    def settled(self, request_id: str, tokens: int) -> KVCacheBlock | None:
+        """The block of a running state, if nothing else is to be done for its request yet.
+
+        Args:
+            request_id: Whose.
+            tokens: That the state covers once all scheduled steps have run.
+
+        Returns:
+            None if a state is to be copied or saved, or an old one to be let go of.
+        """
+        pending = (self._due, self._copies, self._inside, self._saves, self._partial_hit_reqs)
+        if any(request_id in one for one in pending):
+            return None
+        if self.mamba_cache_mode == "align" and request_id in self._checkpoints:
+            return None
+        blocks = self.req_to_blocks[request_id]
+        index = cdiv(tokens, self.block_size) - 1
+        if any(not block.is_null for block in blocks[:index]):
+            return None
+        return blocks[index]
+
     def moves(self, tokens: int) -> bool:
         """Whether any running state needs a new block within so many tokens, or for its prompt."""
         assert self.checkpoints is not None
