@@ -30,8 +30,13 @@ class Place(NamedTuple):
 
 
 class NotingArena(Arena):
-    """An arena that notes what it hands out, for a caller that must know whose bytes change."""
+    """An arena that notes what it hands out, for a caller that must know whose bytes change.
 
+    Attributes:
+        waits: Transfers so far that a plan had to wait for; that caller counts them.
+    """
+
+    waits = 0
     _taken: list[int] | None = None
 
     def allocate(self, pages: int = 0, blocks: int = 0) -> list[int]:

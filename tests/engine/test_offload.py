@@ -101,7 +101,7 @@ def test_answers_equal_stock(request, model, ahead):
     with offloading(model, avmp={}, async_scheduling=ahead) as llm:
         answers = talk(llm)
         assert from_host(llm) > 400
-        assert scheduler_of(llm).kv_cache_manager.fence.waits > 0
+        assert scheduler_of(llm).kv_cache_manager.arena.waits > 0
         assert_pages_moved(llm)
         assert_no_transfer(llm)
     assert answers == stock(model)

@@ -199,7 +199,7 @@ def test_the_world_moves_pages_and_waits():
     """Otherwise the test above shows nothing; and the control: where nobody waits, it fails."""
     worlds = [world_after(Random(seed)) for seed in range(20)]
     assert sum(bool(world.moved) for world in worlds) > 15
-    assert sum(world.fence.waits for world in worlds) > 100
+    assert sum(world.arena.waits for world in worlds) > 100
     assert sum(bool(world_after(Random(seed), fenced=False).bad) for seed in range(20)) > 10
 
 

@@ -8,7 +8,7 @@ vLLM's code decides what goes to the host and comes back. Here it reads the cach
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1, KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from avmp_vllm.backing.page_table import PageTable
-    from avmp_vllm.engine.scheduler.manager import AVMPBlockSpaceManager
 
 #: Name of vLLM's own kind of host, in whose place ours is.
 NATIVE = "CPUOffloadingSpec"
@@ -93,7 +92,6 @@ class OffloadingConnector(StockConnector):
         if arena is not None:
             assert isinstance(arena, NotingArena)
             self.fence = Fence(arena)
-            cast("AVMPBlockSpaceManager", kv_cache_manager).fence = self.fence
 
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int

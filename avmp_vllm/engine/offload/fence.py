@@ -29,12 +29,10 @@ class Fence:
 
     Attributes:
         transfers: That may be under way.
-        waits: Transfers so far that a plan had to wait for.
     """
 
     def __init__(self, arena: NotingArena) -> None:
         self.transfers = Transfers(arena.geometry)
-        self.waits = 0
         self._arena = arena
 
     def end_step(
@@ -78,7 +76,7 @@ class Fence:
         if flush is None:
             flush = metadata.jobs_to_flush = set()
         found = transfers.holding(touched) - flush
-        self.waits += len(found)
+        arena.waits += len(found)
         flush |= found
         for number in flush:
             transfers.end(number)

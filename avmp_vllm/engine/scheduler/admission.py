@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
+    from avmp_vllm.engine.entry.config import AVMPConfig
+
     Held = Mapping[str, Sequence[KVCacheBlock]]
 
 #: Running answers are looked at every so many steps, to learn that they go on.
@@ -195,3 +197,21 @@ class ForecastAdmission(GrowthAdmission):
         forecast = self._forecaster.arrive(request.num_prompt_tokens, request.block_hashes)
         forecast.cap(request.max_tokens)
         return forecast
+
+
+def admission_by(
+    config: AVMPConfig, geometry: Geometry, states: int, longest: int, held: Held
+) -> GrowthAdmission:
+    """What decides how much room newcomers leave.
+
+    Args:
+        config: AVMP's options.
+        geometry: Of the arena.
+        states: Blocks of states that a running request holds.
+        longest: Tokens of the longest request.
+        held: Pages of the requests that hold any, by request.
+    """
+    if config.admission == "growth":
+        return GrowthAdmission(geometry, config.growth_tokens, held)
+    forecaster = predict.LengthForecaster(longest)
+    return ForecastAdmission(forecaster, geometry, states, config.forecast_risk, held)

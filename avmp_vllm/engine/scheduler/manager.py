@@ -14,7 +14,7 @@ from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import state_spec
-from avmp_vllm.engine.scheduler.admission import ForecastAdmission, GrowthAdmission, growing
+from avmp_vllm.engine.scheduler.admission import admission_by, growing
 from avmp_vllm.engine.scheduler.coordinator import (
     AVMPCoordinator,
     AVMPCoordinatorNoPrefixCache,
@@ -23,14 +23,12 @@ from avmp_vllm.engine.scheduler.coordinator import (
 from avmp_vllm.engine.scheduler.inside_pages import inside_pages
 from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.victims import Victims
-from avmp_vllm.predict import LengthForecaster
 
 if TYPE_CHECKING:
     from vllm.distributed.kv_events import KVCacheEvent
     from vllm.v1.core.kv_cache_utils import KVCacheBlock, KVCacheBlockCopy
     from vllm.v1.request import Request
 
-    from avmp_vllm.engine.offload.fence import Fence
     from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 
 
@@ -84,8 +82,6 @@ class AVMPBlockSpaceManager(KVCacheManager):
             )
             self.coordinator.memory = self.memory
         self.block_pool = self.coordinator.block_pool
-        #: Set by a connector that copies pages beside the model.
-        self.fence: Fence | None = None
         self._watermark = int(kwargs["watermark"] * kv_cache_config.num_blocks)
         # A running state moves to a new block at each checkpoint, and frees the old one after.
         self._move_pages = (
@@ -97,7 +93,9 @@ class AVMPBlockSpaceManager(KVCacheManager):
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks
         self.checkpoints = self.coordinator.checkpoints
-        self.admission = self._admission()
+        self.admission = admission_by(
+            config, self.geometry, self.states_each, self.max_model_len, self._held
+        )
         self.victims = Victims() if config.victim == "cheapest" else None
         geometry = self.geometry
         self._growing = [group.page_tokens for group in growing(geometry)]
@@ -109,19 +107,6 @@ class AVMPBlockSpaceManager(KVCacheManager):
         self._plans = 0
         self._copies: list[Copy] = []
         self._saves: list[Save] = []
-
-    def _admission(self) -> GrowthAdmission:
-        """What decides how much room newcomers leave."""
-        config = self.config
-        if config.admission == "growth":
-            return GrowthAdmission(self.geometry, config.growth_tokens, self._held)
-        return ForecastAdmission(
-            LengthForecaster(self.max_model_len),
-            self.geometry,
-            self.states_each,
-            config.forecast_risk,
-            self._held,
-        )
 
     @property
     def states_each(self) -> int:

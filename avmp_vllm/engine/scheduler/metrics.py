@@ -17,6 +17,7 @@ from vllm.v1.metrics.loggers import AggregateStatLoggerBase
 
 from avmp_vllm.core import Arena, Kind
 from avmp_vllm.core.keeper import Origin
+from avmp_vllm.core.transfers import NotingArena
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.layout.message import CALLS, WorkerMemory
 from avmp_vllm.engine.scheduler.state_manager import COPY_CAUSES, StateManager
@@ -208,7 +209,7 @@ COUNTERS: tuple[Metric, ...] = (
         "transfer_waits",
         "Transfers to or from the host that a step had to wait for.",
         "",
-        lambda manager: [0 if manager.fence is None else manager.fence.waits],
+        lambda manager: [manager.arena.waits if isinstance(manager.arena, NotingArena) else 0],
     ),
     Metric(
         "admission_refusals",
