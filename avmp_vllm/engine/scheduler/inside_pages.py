@@ -88,7 +88,7 @@ class InsidePages:
         self._stretches[request.request_id] = _Stretch(tokens, end, states)
 
     def forget(self, request_id: str) -> None:
-        """A request's blocks go, or it waits."""
+        """A request's blocks go, it waits, or it gets a chunk of more tokens."""
         self._stretches.pop(request_id, None)
 
 

@@ -145,8 +145,11 @@ class AVMPBlockSpaceManager(KVCacheManager):
         """
         waits = request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)
         inside = self._inside_pages
-        if inside is not None and num_new_tokens == 1 and not waits and inside.goes_on(request):
-            return self.empty_kv_cache_blocks
+        if inside is not None:
+            if waits or num_new_tokens != 1:
+                inside.forget(request.request_id)
+            elif inside.goes_on(request):
+                return self.empty_kv_cache_blocks
         hit = request.num_computed_tokens + num_new_computed_tokens + num_external_computed_tokens
         growth = self._watermark
         if waits and has_scheduled_reqs:
