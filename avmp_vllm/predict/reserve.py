@@ -66,6 +66,7 @@ class RunningSet:
         if page_tokens < 1 or state_pages < 0 or window < 0:
             raise ValueError(f"{page_tokens} tokens, {state_pages} pages, window {window}")
         self._bins = bins
+        self._widths: Floats = bins.edges[1:] - bins.edges[:-1]
         self._page = page_tokens
         self._state = state_pages
         ahead = np.array(pages_ahead(page_tokens, window), dtype=np.int64)
@@ -124,7 +125,7 @@ class RunningSet:
         self._slot_of[name] = slot
         self._names.append(name)
         edges, curve = self._bins.edges, forecast.curve
-        slope = np.diff(curve) / np.diff(edges)
+        slope = (curve[1:] - curve[:-1]) / self._widths
         self._slope[slot, :-1] = slope
         self._base[slot, :-1] = curve[:-1] - slope * edges[:-1]
         self._whole[:, slot] = (prompt_tokens, generated, shared_pages)
