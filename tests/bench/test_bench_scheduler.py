@@ -220,7 +220,7 @@ def test_admission_and_victims_beside_one_another(tmp_path, capsys):
     arguments += ["--memory", "64MiB", "--max-model-len", "512", "--seeds", "1"]
     arguments += ["--no-prefix-caching"]
     growth = "avmp+admission=growth+victim=last"
-    variants = f"avmp,{growth},{growth}+growth_tokens=0,oracle"
+    variants = f"avmp,{growth},{growth}+growth_tokens=0,adaptive,oracle"
     arguments += ["--variants", variants, "--baseline", growth, "--output", str(path)]
     assert main(["bench", "scheduler", *arguments]) == 0
     assert f"ratio to {growth}, 95% interval" in capsys.readouterr().out
@@ -231,6 +231,7 @@ def test_admission_and_victims_beside_one_another(tmp_path, capsys):
     assert len(tokens) == 1
     preemptions = {name: runs[0]["preemptions"] for name, runs in counts.items()}
     assert preemptions[f"{growth}+growth_tokens=0"] > preemptions["oracle"] == 0
+    assert preemptions[f"{growth}+growth_tokens=0"] > preemptions["adaptive"]
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,9 @@ from avmp_vllm.planner.plan import STATIC_RATIO
 
 #: ``stock-dense`` is stock with every state kept, its best setting where conversations go on;
 #: ``avmp-inside`` is AVMP with layers that save states inside of a chunk (Mamba-1 on CPU, and with
-#: ``kernels: handles``); ``oracle`` is AVMP with admission that knows every answer's length.
-_VARIANTS = ("stock", "stock-dense", "static", "avmp", "avmp-inside", "oracle")
+#: ``kernels: handles``); ``oracle`` is AVMP with admission that knows every answer's length, and
+#: ``adaptive`` with a constant that adapts itself.
+_VARIANTS = ("stock", "stock-dense", "static", "avmp", "avmp-inside", "adaptive", "oracle")
 _DEFAULT_VARIANTS = ("stock", "static", "avmp")
 BENCHMARK = "scheduler"
 

@@ -23,6 +23,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, MambaSpec
 from vllm.v1.structured_output import StructuredOutputManager
 
+from avmp_vllm.bench.scheduler.adaptive import AdaptiveAdmission
 from avmp_vllm.bench.scheduler.oracle import OracleAdmission
 from avmp_vllm.bench.scheduler.static_arena import StaticArena
 from avmp_vllm.core import Arena, Geometry, Kind
@@ -320,6 +321,9 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
     engine = Engine(
         scheduler, hasher, arena, block_bytes, shape.token_bytes(kv_dtype), shape.state_bytes
     )
+    if variant == "adaptive":
+        manager = scheduler.kv_cache_manager
+        manager.admission = AdaptiveAdmission(manager.geometry, manager._held)
     if variant == "oracle":
         manager = scheduler.kv_cache_manager
         manager.admission = OracleAdmission(
