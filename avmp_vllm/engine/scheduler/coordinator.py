@@ -217,14 +217,13 @@ class DualPoolCoordinator(KVCacheCoordinator):
             )
         pages, blocks = need[Kind.KV], need[Kind.SSM]
         arena = self.arena
-        if self.memory is not None:
-            cached = self._cached(new_computed_blocks)
-            self.memory.make_room(pages, blocks, (cached[Kind.KV], cached[Kind.SSM]))
         if not (pages or blocks):
-            # Most decode steps: the token goes where there is room already.
             if not apply_admission_cap:
                 self._next = 0, 0
             return 0
+        if self.memory is not None:
+            cached = self._cached(new_computed_blocks)
+            self.memory.make_room(pages, blocks, (cached[Kind.KV], cached[Kind.SSM]))
         if not apply_admission_cap and not arena.fits(pages, blocks):
             blocks -= self._forgo(request_id)
         if not arena.fits(pages, blocks):

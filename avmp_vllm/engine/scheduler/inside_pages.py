@@ -95,15 +95,11 @@ class InsidePages:
 def inside_pages(manager: AVMPBlockSpaceManager) -> InsidePages | None:
     """What spares a manager's steps; None where something may be due in any of them.
 
-    A window lets go of pages wherever a request stands, drafts take more than one token, and an
-    elastic arena's budget is looked at in every step.
+    A window lets go of pages wherever a request stands, and drafts take more than one token.
     """
     coordinator = manager.coordinator
-    if (
-        manager.memory is not None
-        or manager.states_each > 1
-        or any(group.most is not None for group in manager.geometry.groups)
-    ):
+    windows = any(group.most is not None for group in manager.geometry.groups)
+    if windows or manager.states_each > 1:
         return None
     grains = {each.block_size for each in coordinator.single_type_managers}
     if manager.enable_caching:
