@@ -15,13 +15,21 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 import pytest
 
 from avmp_vllm.models import tiny_hybrids
-from avmp_vllm.models.tiny_jamba import write_tiny_jamba
+from avmp_vllm.models.tiny_jamba import tiny_jamba_config, write_tiny_jamba
 
 
 @pytest.fixture(scope="session")
 def tiny_jamba(tmp_path_factory) -> str:
     """A Jamba of 8 layers: Mamba-1, attention and experts."""
     return str(write_tiny_jamba(tmp_path_factory.mktemp("jamba")))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> str:
+    """A Jamba's config.json, for schedulers without a model; no weights are needed."""
+    folder = tmp_path_factory.mktemp("config")
+    tiny_jamba_config(architectures=["JambaForCausalLM"]).save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from test_manager import Driver, arena_for, model, prompt  # noqa: F401
+from test_manager import Driver, arena_for, prompt
 from vllm.v1.request import Request, RequestStatus
 
 from avmp_vllm import predict
@@ -82,7 +82,7 @@ ABORTED = RequestStatus.FINISHED_ABORTED
 @pytest.mark.parametrize(("scheduler", "ahead"), SCHEDULERS)
 @pytest.mark.parametrize("caching", [False, True])
 def test_what_runs_is_reckoned_with(
-    model: str,  # noqa: F811
+    model: str,
     caching: bool,
     scheduler: type,
     ahead: int,
@@ -104,7 +104,7 @@ def test_what_runs_is_reckoned_with(
 
 
 def test_control_a_request_that_is_not_taken_out_is_noticed(
-    model: str,  # noqa: F811
+    model: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     driver = Answers(model, arena_for(2.5), options=FORECAST)
@@ -113,7 +113,7 @@ def test_control_a_request_that_is_not_taken_out_is_noticed(
         load(driver, 3, 50, driver.check_reckoning)
 
 
-def test_it_learns_how_much_room_is_needed(model: str) -> None:  # noqa: F811
+def test_it_learns_how_much_room_is_needed(model: str) -> None:
     """Short answers ask for little room, long ones for much; a limit for no more than itself."""
     rooms = {}
     for answers in (10, 400):
@@ -137,7 +137,7 @@ def test_it_learns_how_much_room_is_needed(model: str) -> None:  # noqa: F811
     assert rooms[10] < 4 < rooms[400]
 
 
-def test_a_refusal_is_not_reckoned_again(model: str) -> None:  # noqa: F811
+def test_a_refusal_is_not_reckoned_again(model: str) -> None:
     """Until pages come free, or for 16 steps."""
     driver = Answers(model, arena_for(1.2), options=FORECAST)
     driver.ask("a", prompt("a", 300), 400)
@@ -160,7 +160,7 @@ def test_a_refusal_is_not_reckoned_again(model: str) -> None:  # noqa: F811
     assert len(driver.scheduler.waiting) == 0
 
 
-def test_a_conversation_is_known_by_its_last_answer(model: str) -> None:  # noqa: F811
+def test_a_conversation_is_known_by_its_last_answer(model: str) -> None:
     driver = Answers(model, arena_for(4), options=FORECAST)
     first = driver.ask("a", prompt("a", 70), 77)
     driver.run(limit=200)
@@ -170,7 +170,7 @@ def test_a_conversation_is_known_by_its_last_answer(model: str) -> None:  # noqa
     assert (known.turn, known.previous) == (1, 77)
 
 
-def test_the_clocks_of_clients_decide_nothing(model: str) -> None:  # noqa: F811
+def test_the_clocks_of_clients_decide_nothing(model: str) -> None:
     """The same requests with other times of arrival: the same steps, preemptions included."""
     runs = []
     for offset in (0.0, -1e9):
@@ -223,7 +223,7 @@ def crowd(driver: Answers, steps: int) -> dict[str, tuple[int, int]]:
     return took
 
 
-def test_nobody_starves(model: str) -> None:  # noqa: F811
+def test_nobody_starves(model: str) -> None:
     """Preempted again and again, everybody ends, and the first in its turn."""
     driver = Answers(model, arena_for(1.4), caching=False, options=CHEAPEST)
     took = crowd(driver, 3_000)
@@ -233,7 +233,7 @@ def test_nobody_starves(model: str) -> None:  # noqa: F811
 
 
 def test_control_without_protection_the_oldest_gives_way(
-    model: str,  # noqa: F811
+    model: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def unprotected(candidates: Any) -> list[predict.Candidate]:
@@ -247,7 +247,7 @@ def test_control_without_protection_the_oldest_gives_way(
 
 
 @pytest.mark.parametrize("caching", [False, True])
-def test_the_cheapest_is_preempted(model: str, caching: bool) -> None:  # noqa: F811
+def test_the_cheapest_is_preempted(model: str, caching: bool) -> None:
     """Of three that run, the one in the middle of the queue is the cheapest."""
     for victim, expected in (("last", "c"), ("cheapest", "b")):
         options = {"admission": "growth", "growth_tokens": 0, "victim": victim}
@@ -263,7 +263,7 @@ def test_the_cheapest_is_preempted(model: str, caching: bool) -> None:  # noqa: 
         driver.check_empty()
 
 
-def test_with_room_the_order_is_vllms(model: str) -> None:  # noqa: F811
+def test_with_room_the_order_is_vllms(model: str) -> None:
     driver = Answers(model, arena_for(60), options=CHEAPEST)
     for index in range(8):
         driver.ask(f"{index}", prompt(index, 10 + 37 * index % 100), 50)

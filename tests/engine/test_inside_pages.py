@@ -16,16 +16,6 @@ from avmp_vllm.engine.layout.message import PLAN
 from avmp_vllm.engine.scheduler.inside_pages import InsidePages
 from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
 from avmp_vllm.engine.scheduler.state_manager import StateManager
-from avmp_vllm.models.tiny_jamba import tiny_jamba_config
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A config.json; no weights are needed."""
-    folder = tmp_path_factory.mktemp("config")
-    tiny_jamba_config(architectures=["JambaForCausalLM"]).save_pretrained(folder)
-    return str(folder)
-
 
 #: (scheduler, steps scheduled ahead, prefix caching)
 WAYS = [

@@ -44,19 +44,10 @@ from avmp_vllm.engine.layout.groups import group_of
 from avmp_vllm.engine.layout.limits import blocks_per_request
 from avmp_vllm.engine.layout.message import PLAN
 from avmp_vllm.engine.scheduler.scheduler import AVMPAsyncScheduler, AVMPScheduler
-from avmp_vllm.models.tiny_jamba import tiny_jamba_config
 
 PAGE_TOKENS = 32
 CHECKPOINT_TOKENS = 128
 MAX_MODEL_LEN = 1024
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> str:
-    """A config.json; no weights are needed."""
-    folder = tmp_path_factory.mktemp("config")
-    tiny_jamba_config(architectures=["JambaForCausalLM"]).save_pretrained(folder)
-    return str(folder)
 
 
 class Driver:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from avmp_vllm.core.geometry import ceil_div
-from avmp_vllm.engine.scheduler.admission import GrowthAdmission, growing
+from avmp_vllm.engine.scheduler.admission import GrowthAdmission
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -13,8 +12,8 @@ if TYPE_CHECKING:
     from avmp_vllm.core.geometry import Geometry
     from avmp_vllm.engine.scheduler.admission import Held
 
-#: Tokens of growth, least and most.
-LEAST, MOST = 1.0, 256.0
+#: Tokens of growth: at first, least and most.
+FIRST, LEAST, MOST = 64, 1.0, 256.0
 #: What a preemption makes of them, and an answer that ended.
 RAISE, LOWER = 2.0, 63 / 64
 
@@ -28,12 +27,11 @@ class AdaptiveAdmission(GrowthAdmission):
     """
 
     def __init__(self, geometry: Geometry, held: Held) -> None:
-        self._pages = [group.page_tokens for group in growing(geometry)]
-        self._tokens = 64.0
-        super().__init__(geometry, 64, held)
+        super().__init__(geometry, FIRST, held)
+        self._tokens = float(FIRST)
 
     def left(self, request: Request) -> None:
         """A request's blocks go: raise if it was preempted, lower if it has ended."""
         change = LOWER if request.is_finished() else RAISE
         self._tokens = min(max(self._tokens * change, LEAST), MOST)
-        self._each = sum(ceil_div(round(self._tokens), tokens) for tokens in self._pages)
+        self._grow_by(round(self._tokens))

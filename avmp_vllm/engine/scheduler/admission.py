@@ -53,12 +53,17 @@ class GrowthAdmission:
     """
 
     def __init__(self, geometry: Geometry, tokens: int, held: Held) -> None:
-        self._each = sum(ceil_div(tokens, group.page_tokens) for group in growing(geometry))
+        self._pages = [group.page_tokens for group in growing(geometry)]
         self._held = held
+        self._grow_by(tokens)
         self.move_tokens = tokens
         self.score = Score()
         self.reserve = 0
         self.refusals = 0
+
+    def _grow_by(self, tokens: int) -> None:
+        """Have room for so many tokens of each request."""
+        self._each = sum(ceil_div(tokens, page_tokens) for page_tokens in self._pages)
 
     def room(self, request: Request) -> int | None:
         """Pages to leave free for the others if a request starts now.
