@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from avmp_vllm.bench.inputs import InputError
+from avmp_vllm.bench.scheduler.adaptive import AdaptiveAdmission
 from avmp_vllm.bench.scheduler.loads import ALPACA_COLUMNS, read_load
 from avmp_vllm.bench.scheduler.traces import Segment, read_trace
 from avmp_vllm.cli import main
+from avmp_vllm.core import Geometry
 
 MODEL = str(Path(__file__).parents[2] / "configs" / "models" / "jamba-reasoning-3b.json")
 
@@ -232,6 +235,23 @@ def test_admission_and_victims_beside_one_another(tmp_path, capsys):
     preemptions = {name: runs[0]["preemptions"] for name, runs in counts.items()}
     assert preemptions[f"{growth}+growth_tokens=0"] > preemptions["oracle"] == 0
     assert preemptions[f"{growth}+growth_tokens=0"] > preemptions["adaptive"]
+
+
+def test_an_adaptive_constant_rises_with_preemptions_and_falls_with_answers():
+    """From 64 tokens each, of pages of 16, to 128 and 256 and no further; and down to one page."""
+    geometry = Geometry(1 << 20, 4096, 16_384, page_tokens=16)
+    admission = AdaptiveAdmission(geometry, {"runs": []})
+    preempted, ended = (SimpleNamespace(is_finished=lambda end=end: end) for end in (False, True))
+    rooms = [admission.room(preempted)]
+    for _ in range(3):
+        admission.left(preempted)
+        rooms.append(admission.room(preempted))
+    assert rooms == [4, 8, 16, 16]
+    admission.left(ended)
+    assert admission.room(ended) == 16  # 252 tokens
+    for _ in range(500):
+        admission.left(ended)
+    assert admission.room(ended) == 1
 
 
 @pytest.mark.parametrize(
