@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from avmp_vllm import cli
 from avmp_vllm.backing.memory import BackingError
 from avmp_vllm.backing.posix import AnonymousMemory
-from avmp_vllm.bench.memory import calls
+from avmp_vllm.bench.memory import calls, contiguous
 from avmp_vllm.bench.memory.backed import replay, sizes_of
-from avmp_vllm.bench.memory.command import report_backed, report_calls
+from avmp_vllm.bench.memory.command import (
+    measure_attention,
+    report_attention,
+    report_backed,
+    report_calls,
+)
 from avmp_vllm.bench.memory.rules import ExpandablePool, KvcachedPool, Live, TwoPools
 from avmp_vllm.bench.memory.traffic import BUSY, EBB, END, QUIET, Load, Step, steps
 from avmp_vllm.bench.scheduler.traces import Segment, TraceRequest
@@ -191,10 +198,47 @@ def test_a_system_too_small_is_said() -> None:
         calls.give_and_take(lambda: AnonymousMemory(limit=4 * MIB), 8 * MIB, 2 * MIB, rounds=1)
 
 
+def test_times_on_cuda_are_held_against_the_target() -> None:
+    def said(seconds: float) -> str:
+        times = {"give back": seconds, "take": 0.15}
+        costs = {"runs": {}, "give_and_take": {"bytes": 10 << 30, str(2 * MIB): times}}
+        return report_calls({"cuda": costs})[-1]
+
+    assert "given back in 90.0 ms, taken in 150.0 ms (target 100 and 200 ms: met)" in said(0.09)
+    assert "MISSED" in said(0.11)
+
+
 def test_what_cannot_be_measured_here_says_so() -> None:
     said = "\n\n".join(report_calls({"cuda": None}))
-    assert "cuda: no such driver here; not measured yet" in said
-    assert said.count("not measured yet") == 7
+    assert said == "cuda: no such driver here; not measured yet"
+
+
+def test_contiguous_and_paged_views_hold_the_same_bytes() -> None:
+    """A layer's every element once in each view; page j of a slot is where its tokens are."""
+    slots, tokens, layers = 2, 4 * contiguous.PAGE_TOKENS, 3
+    elements = slots * tokens * layers * contiguous.KV_HEADS * 2 * contiguous.HEAD_SIZE
+    arena = torch.arange(elements, dtype=torch.float64)
+    seen: dict[str, list[torch.Tensor]] = {"paged": [], "contiguous": []}
+    for layer in range(layers):
+        found = contiguous.views(arena, slots, tokens, layers, layer)
+        for name, views in found._asdict().items():
+            seen[name] += [view.flatten() for view in views]
+        for cache in found.contiguous:
+            assert cache.shape == (slots, tokens, contiguous.KV_HEADS, contiguous.HEAD_SIZE)
+            pages = contiguous.trivial_pages(cache)
+            assert pages.data_ptr() == cache.data_ptr()
+            assert torch.equal(pages.reshape(cache.shape), cache)
+    for parts in seen.values():
+        assert torch.equal(torch.cat(parts).sort().values, arena)
+
+
+def test_attention_over_contiguous_memory_is_reported() -> None:
+    row = {"batch": "decode", "layers": 4, "flash, pages": 2e-6, "flash, contiguous": 1e-6}
+    said = report_attention({"rows": [row, {"batch": "b", "layers": 8, "error": "no room"}]})
+    assert re.search(r"decode +4 +2\.0 +0\.500 +- +-", said)
+    assert "no room" in said
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in report_attention(measure_attention(1))
 
 
 @pytest.fixture

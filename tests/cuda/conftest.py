@@ -50,9 +50,3 @@ def jamba_of_large_states(tmp_path_factory) -> str:
 def tiny_granite(tmp_path_factory) -> str:
     """A Mamba-2 hybrid."""
     return str(tiny_hybrids.write_tiny_granite_hybrid(tmp_path_factory.mktemp("granite")))
-
-
-@pytest.fixture(scope="session")
-def tiny_mtp(tmp_path_factory) -> str:
-    """A hybrid of gated delta nets with a layer that predicts several tokens."""
-    return str(tiny_hybrids.write_tiny_qwen3_next_mtp(tmp_path_factory.mktemp("mtp")))

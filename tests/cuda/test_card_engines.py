@@ -297,34 +297,29 @@ def serve_drafting(
         }
 
 
-@pytest.mark.parametrize(
-    ("model", "speculative", "tight"),
-    [
-        pytest.param(
-            "tiny_granite",
-            {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3},
-            1_000_000,
-            id="ngram",
-        ),
-        pytest.param("tiny_mtp", {"method": "mtp"}, 1_500_000, id="mtp"),
-    ],
-)
-def test_drafts(request, model, speculative, tight):
-    """Drafts beside a prefix cache, whose states vLLM copies by kernels of its own."""
-    model = request.getfixturevalue(model)
-    stock = serve_drafting(model, speculative, None, AMPLE)
-    avmp = serve_drafting(model, speculative, EAGER_ADMISSION, tight)
+def test_drafts(tiny_granite):
+    """Drafts beside a prefix cache, whose states vLLM copies by kernels of its own.
+
+    By ngrams: the tiny model with a drafting layer has gated delta nets, which vLLM computes in
+    bf16 only on CUDA, where another batch may change the best token.
+    """
+    speculative = {"method": "ngram", "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    stock = serve_drafting(tiny_granite, speculative, None, AMPLE)
+    avmp = serve_drafting(tiny_granite, speculative, EAGER_ADMISSION, 1_300_000)
     assert stock["drafted"] > 0
     assert avmp["answers"] == stock["answers"]
     assert avmp["accepted"] > 0
 
 
 def test_large_bytes_are_seen(tiny_jamba):
-    """An arena beyond 2**31 elements: pages at both of its ends, which nothing else here has."""
+    """An arena beyond 2**31 elements: pages at one of its ends, states at the other."""
     expected = stock_answers(tiny_jamba)
     with engine(
         tiny_jamba, avmp={}, kv_cache_memory_bytes=12 << 30, enable_prefix_caching=True
     ) as llm:
-        assert scheduler_of(llm).kv_cache_manager.arena.capacity(Kind.KV) > 0
         rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
+        arena = scheduler_of(llm).kv_cache_manager.arena
+        assert arena.held(Kind.KV)
+        assert arena.held(Kind.SSM)
+        assert arena.geometry.arena_bytes // 4 > 2**31
     assert rounds == [expected] * 2

@@ -34,6 +34,7 @@ COUNTERS = {
     "vllm:num_preemptions": "preemptions",
     "vllm:avmp_migrations": "migrations",
     "vllm:avmp_relocated_bytes": "relocated_bytes",
+    "vllm:avmp_driver_calls": "driver_calls",
 }
 
 

@@ -11,23 +11,28 @@ from avmp_vllm.bench.pairs import Rounds, Row
 from avmp_vllm.bench.statistics import Interval
 from avmp_vllm.bench.tables import table
 
-STOCK, AVMP, RESOLVED, HANDLES, CONTROL = "stock", "avmp", "resolved", "handles", "stock again"
+STOCK, AVMP, RESOLVED, HANDLES = "stock", "avmp", "resolved", "handles"
+ELASTIC, CONTROL = "elastic", "stock again"
 #: Variant -> AVMP's options, or None for stock vLLM.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     STOCK: None,
     AVMP: {},
     RESOLVED: {"kernels": "resolved"},
     HANDLES: {"kernels": "handles"},
+    ELASTIC: {"memory": "elastic"},
     CONTROL: None,
 }
 #: Variants that run stock's kernels, whose tokens must be stock's where memory does not bind.
-SAME_KERNELS = (AVMP, RESOLVED, CONTROL)
+SAME_KERNELS = (AVMP, RESOLVED, ELASTIC, CONTROL)
 
+#: Calls of the driver of virtual memory, in which an elastic arena's time would go.
+_DRIVER_CALLS = Row("driver_calls", "driver calls a round", ",.1f", None)
 DECODE_ROWS = (
     Row("step_mean_ms", "between tokens, mean ms", ",.3f", False),
     Row("step_p50_ms", "between tokens p50, ms", ",.3f", False),
     Row("step_p99_ms", "between tokens p99, ms", ",.3f", False),
     Row("cpu_ms", "processor ms a step", ",.3f", False),
+    _DRIVER_CALLS,
 )
 PREFILL_ROWS = (Row("ttft_ms", "time to first token, ms", ",.2f", False),)
 PRESSURE_ROWS = (
@@ -37,6 +42,7 @@ PRESSURE_ROWS = (
     Row("preemptions", "preemptions a round", ",.1f", False),
     Row("migrations", "migrations a round", ",.1f", None),
     Row("relocated_bytes", "relocated bytes a round", ",.0f", None),
+    _DRIVER_CALLS,
 )
 #: The most that the mean time between tokens, and its median, may be of stock's.
 BOUND = 1.003

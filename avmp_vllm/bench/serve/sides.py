@@ -57,6 +57,12 @@ COUNTERS = {
     "vllm:avmp_relocated_bytes_total": "relocated_bytes",
     "vllm:avmp_evictions_total": "evictions",
     "vllm:avmp_state_hits_total": "state_hits",
+    "vllm:iteration_tokens_total_count": "steps",
+}
+#: Sums of seconds that requests spent -> their mean, here in milliseconds a request.
+SPENT = {
+    "vllm:request_queue_time_seconds": "queue_ms",
+    "vllm:request_prefill_time_seconds": "prefill_ms",
 }
 #: Prompts that began at a state inside of an answer.
 ANSWER_HITS = ("vllm:avmp_state_hits_total", "answer")
@@ -78,6 +84,8 @@ def counters(server: Server) -> dict[str, float]:
     metrics = server.metrics()
     values = {name: metrics.value(sample) for sample, name in COUNTERS.items()}
     values["answer_hits"] = metrics.value(ANSWER_HITS[0], state=ANSWER_HITS[1])
+    for sample, name in SPENT.items():
+        values[name] = metrics.value(f"{sample}_sum")
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -145,6 +153,9 @@ def drive(
     figures["cpu_ms_per_token"] = 1e3 * spent / max(counts["answer_tokens"], 1)
     for name, value in after.items():
         figures[name] = value - before.get(name, 0.0)
+    for name in SPENT.values():
+        if name in figures:
+            figures[name] *= 1e3 / max(counts["answered"], 1)
     if queried := figures.get("prefix_tokens"):
         figures["hit_rate"] = figures.get("prefix_hit_tokens", 0.0) / queried
     return found, {
