@@ -18,7 +18,7 @@ from enginelib import engine, greedy, mixed_prompts
 from hybrids import COUNT, FAMILIES, NEW_TOKENS, layers_of
 
 from avmp_vllm.engine.entry.config import SELECTED
-from avmp_vllm.models.tiny_hybrids import write_tiny_qwen3_next_mtp
+from avmp_vllm.models.tiny_hybrids import write_tiny_eagle, write_tiny_qwen3_next_mtp
 
 _SCRIPT = Path(__file__).with_name("v2_families.py")
 
@@ -30,6 +30,8 @@ def folder(tmp_path_factory) -> Path:
     for name, family in FAMILIES.items():
         family.write(folder / name)
     write_tiny_qwen3_next_mtp(folder / "mtp")
+    for method in ("eagle", "eagle3"):
+        write_tiny_eagle(folder / method, method, eagle_aux_hidden_state_layer_ids=[1, 2, 3])
     return folder
 
 
@@ -81,9 +83,13 @@ def test_answers_equal_stock_without_a_cache(done, expected, name):
     assert did["rounds"] == [expected[name]]
 
 
-def test_drafts_by_the_models_own_layer_equal_stock(done):
-    """With a prefix cache, whose states vLLM copies for drafting requests; and each draft."""
-    stock, avmp = done["drafts_stock"], done["drafts"]
+@pytest.mark.parametrize("method", ["mtp", "eagle", "eagle3"])
+def test_drafts_equal_stock(done, method):
+    """Tokens and each draft, with a prefix cache, whose states vLLM copies for drafting requests.
+
+    By the model's own layer, and by drafters beside it.
+    """
+    stock, avmp = done[f"{method} stock"], done[f"{method} avmp"]
     assert len(stock["drafts"]) > 100
     assert avmp["answers"] == stock["answers"]
     assert avmp["drafts"] == stock["drafts"]

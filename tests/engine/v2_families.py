@@ -28,6 +28,8 @@ from avmp_vllm.core import Kind
 UNCACHED = ("kimi_linear", "mixed_mixed")
 #: Served with steps scheduled ahead of their predecessors' output.
 AHEAD = ("mixed_mixed",)
+#: How drafts are made -> bytes of the arena; all but the first by a model of their own.
+DRAFTERS = {"mtp": 1_500_000, "eagle": 1_500_000, "eagle3": 1_900_000}
 
 
 def serve(folder: Path, name: str, caching: bool, **options: Any) -> dict[str, Any]:
@@ -89,11 +91,13 @@ def first_layout_alone(folder: Path) -> dict[str, Any]:
         return serve(folder, "mixed_mixed", True, avmp={"verify": False})
 
 
-def drafting(folder: Path, avmp: dict[str, Any] | None) -> dict[str, Any]:
-    """Qwen3-Next with the layer that it has for drafts, and a prefix cache."""
-    return v2_process.drafting(
-        str(folder / "mtp"), avmp, {"method": "mtp"}, partial(layers_of, "qwen3_next"), 1_500_000
-    )
+def drafting(folder: Path, method: str, avmp: dict[str, Any] | None) -> dict[str, Any]:
+    """Qwen3-Next with the layer that it has for drafts, or a drafter beside it; a prefix cache."""
+    speculative = {"method": method}
+    if method != "mtp":
+        speculative["model"] = str(folder / method)
+    layers = partial(layers_of, "qwen3_next")
+    return v2_process.drafting(str(folder / "mtp"), avmp, speculative, layers, DRAFTERS[method])
 
 
 def refused(folder: Path) -> dict[str, str]:
@@ -124,8 +128,11 @@ def scenarios(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
         **uncached,
         "window_not_resolved": partial(window_not_resolved, folder),
         "first_layout_alone": partial(first_layout_alone, folder),
-        "drafts_stock": partial(drafting, folder, None),
-        "drafts": partial(drafting, folder, v2_process.DRAFTING),
+        **{
+            f"{method} {side}": partial(drafting, folder, method, avmp)
+            for method in DRAFTERS
+            for side, avmp in (("stock", None), ("avmp", v2_process.DRAFTING))
+        },
         "refused": partial(refused, folder),
         "far_states": far_states,
     }
