@@ -43,14 +43,22 @@ def jamba(tmp_path_factory) -> str:
     return str(write_tiny_jamba(folder, attn_layer_period=3, attn_layer_offset=1))
 
 
-def serve(model: str, caching: bool, **avmp: Any) -> tuple[list[Any], Any]:
-    """Two rounds of the mixed prompts through two stages; the answers and the engine's counts."""
+def serve(model: str, caching: bool, ranks: int = 1, **avmp: Any) -> tuple[list[Any], Any]:
+    """Two rounds of the mixed prompts through two stages; the answers and the engine's counts.
+
+    Args:
+        model: Folder of the checkpoint.
+        caching: Prefixes.
+        ranks: Of a stage, which share its heads and channels, and so its bytes.
+        avmp: More of AVMP's options.
+    """
     with engine(
         model,
         avmp={"checkpoint_tokens": 128, "growth_tokens": 0, **avmp},
-        kv_cache_memory_bytes=TIGHT,
+        kv_cache_memory_bytes=TIGHT // ranks,
         enable_prefix_caching=caching,
         pipeline_parallel_size=2,
+        tensor_parallel_size=ranks,
         distributed_executor_backend="mp",
     ) as llm:
         rounds = [greedy(llm, mixed_prompts()) for _ in range(2)]
@@ -63,27 +71,33 @@ def serve(model: str, caching: bool, **avmp: Any) -> tuple[list[Any], Any]:
 
 
 @pytest.mark.parametrize(
-    ("split", "caching", "layers"),
-    [("5,3", True, [(2, 3), (1, 2)]), ("4,4", False, [(1, 3), (2, 2)])],
-    ids=["5,3-cache", "4,4-no-cache"],
+    ("split", "caching", "ranks", "layers"),
+    [
+        ("5,3", True, 1, [(2, 3), (1, 2)]),
+        ("4,4", False, 1, [(1, 3), (2, 2)]),
+        ("5,3", True, 2, [(2, 3), (1, 2)]),
+    ],
+    ids=["5,3-cache", "4,4-no-cache", "5,3-cache-tensor"],
 )
-def test_answers_equal_one_process(jamba, monkeypatch, split, caching, layers):
+def test_answers_equal_one_process(jamba, monkeypatch, split, caching, ranks, layers):
     """Under pressure, each stage's arena follows the same plans by its own sizes."""
     expected = stock_answers(jamba)
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join("01" * ranks))
     monkeypatch.setenv(PARTITION, split)
-    rounds, (geometry, did, hits, text) = serve(jamba, caching)
+    rounds, (geometry, did, hits, text) = serve(jamba, caching, ranks)
     assert rounds == [expected] * 2
+    page, state = LAYER_PAGE // ranks, LAYER_STATE // ranks
     assert [(g.page_bytes, g.block_bytes) for g in geometry.stages] == [
-        (LAYER_PAGE * kv, LAYER_STATE * ssm) for kv, ssm in layers
+        (page * kv, state * ssm) for kv, ssm in layers
     ]
     statistics = did.statistics
     assert min(statistics.migrations.values()) > 0
     assert sum(statistics.relocations.values()) > 0
     assert (hits > 0) == caching
     for number, (kv, ssm) in enumerate(layers):
-        assert f"stage {number}: {TIGHT:,} bytes; KV page {LAYER_PAGE * kv:,} ({kv} layers)" in text
-        assert f"SSM block {LAYER_STATE * ssm:,} ({ssm} layers)" in text
+        size = TIGHT // ranks
+        assert f"stage {number}: {size:,} bytes; KV page {page * kv:,} ({kv} layers)" in text
+        assert f"SSM block {state * ssm:,} ({ssm} layers)" in text
 
 
 def test_control_a_stage_with_anothers_indices_changes_answers(jamba, monkeypatch):

@@ -96,8 +96,8 @@ def drafting(folder: Path, method: str, avmp: dict[str, Any] | None) -> dict[str
     speculative = {"method": method}
     if method != "mtp":
         speculative["model"] = str(folder / method)
-    layers = partial(layers_of, "qwen3_next")
-    return v2_process.drafting(str(folder / "mtp"), avmp, speculative, layers, DRAFTERS[method])
+    layers, model = partial(layers_of, "qwen3_next"), str(folder / "mtp")
+    return v2_process.drafting(model, avmp, speculative, layers, DRAFTERS[method], count=6)
 
 
 def refused(folder: Path) -> dict[str, str]:

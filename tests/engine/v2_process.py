@@ -176,6 +176,7 @@ def drafting(
     speculative: dict[str, Any],
     layers: Callable[[], AbstractContextManager[None]],
     memory: int,
+    count: int = 8,
 ) -> dict[str, Any]:
     """Serve prompts whose answers are drafted, and note every draft.
 
@@ -185,6 +186,7 @@ def drafting(
         speculative: How drafts are made.
         layers: What has engines build the model's layers.
         memory: Bytes of AVMP's arena; stock vLLM has eight times as many.
+        count: Prompts.
     """
     drafts: dict[str, list[int]] = {}
     engines: list[Any] = []
@@ -203,7 +205,7 @@ def drafting(
     again = tokens(rng, 40)
     prompts = [
         {"prompt_token_ids": tokens(rng, rng.choice([5, 30, 60])) + again[: 8 * (i % 5)] * 2}
-        for i in range(8)
+        for i in range(count)
     ]
     with (
         layers(),
@@ -672,7 +674,7 @@ def scenarios(
         # In short steps, so that running states move on to other blocks.
         "no_rows": lambda: broken(jamba, without_rows(), step_tokens=64),
         "handles_no_table_writes": lambda: broken(
-            short, write_nothing, name="handles", rounds=2, kernels="handles"
+            short, write_nothing, name="handles", rounds=1, kernels="handles"
         ),
         "corrupted": lambda: corrupted(short),
         "unchecked": lambda: unchecked(short, "resolved"),
