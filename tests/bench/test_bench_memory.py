@@ -15,12 +15,7 @@ from avmp_vllm.backing.memory import BackingError
 from avmp_vllm.backing.posix import AnonymousMemory
 from avmp_vllm.bench.memory import calls, contiguous
 from avmp_vllm.bench.memory.backed import replay, sizes_of
-from avmp_vllm.bench.memory.command import (
-    measure_attention,
-    report_attention,
-    report_backed,
-    report_calls,
-)
+from avmp_vllm.bench.memory.command import report_backed, report_calls
 from avmp_vllm.bench.memory.rules import ExpandablePool, KvcachedPool, Live, TwoPools
 from avmp_vllm.bench.memory.traffic import BUSY, EBB, END, QUIET, Load, Step, steps
 from avmp_vllm.bench.scheduler.traces import Segment, TraceRequest
@@ -234,11 +229,11 @@ def test_contiguous_and_paged_views_hold_the_same_bytes() -> None:
 
 def test_attention_over_contiguous_memory_is_reported() -> None:
     row = {"batch": "decode", "layers": 4, "flash, pages": 2e-6, "flash, contiguous": 1e-6}
-    said = report_attention({"rows": [row, {"batch": "b", "layers": 8, "error": "no room"}]})
+    said = contiguous.report({"rows": [row, {"batch": "b", "layers": 8, "error": "no room"}]})
     assert re.search(r"decode +4 +2\.0 +0\.500 +- +-", said)
     assert "no room" in said
     if not torch.cuda.is_available():
-        assert "no CUDA device" in report_attention(measure_attention(1))
+        assert "no CUDA device" in contiguous.report(contiguous.measure(1))
 
 
 @pytest.fixture

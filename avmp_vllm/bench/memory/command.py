@@ -1,5 +1,4 @@
-"""``avmp bench memory``: what calls of the driver cost, what each rule keeps backed, and what
-attention kernels gain over contiguous memory."""
+"""``avmp bench memory``: calls of the driver, what each rule backs, attention over slots."""
 
 from __future__ import annotations
 
@@ -7,12 +6,10 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from avmp_vllm.backing.memory import BackingError
-from avmp_vllm.bench import card, results, stock_kernels
+from avmp_vllm.bench import results
 from avmp_vllm.bench.inputs import InputError, OptionError
-from avmp_vllm.bench.memory import calls, contiguous
+from avmp_vllm.bench.memory import calls
 from avmp_vllm.bench.memory.backed import replay, sizes_of
 from avmp_vllm.bench.memory.traffic import EBB, QUIET, Load
 from avmp_vllm.bench.scheduler.traces import TraceRequest, read_trace
@@ -215,40 +212,6 @@ def report_calls(found: dict[str, Any]) -> list[str]:
     return blocks
 
 
-def measure_attention(milliseconds: int) -> dict[str, Any]:
-    """Rows of attention over contiguous memory, or why there are none."""
-    if not torch.cuda.is_available():
-        return {"error": "torch sees no CUDA device"}
-    if missing := stock_kernels.available():
-        return {"error": missing}
-    rows = []
-    for row in contiguous.measure(milliseconds):
-        print(f"  {'  '.join(_attention_cells(row))}", flush=True)
-        rows.append(row)
-    return {**card.describe(torch.device("cuda")), "rows": rows}
-
-
-def _attention_cells(row: dict[str, Any]) -> list[str]:
-    """Microseconds over pages, and contiguous to pages, of both kernels."""
-    cells = [row["batch"], str(row["layers"])]
-    if "error" in row:
-        return [*cells, row["error"], *[""] * (2 * len(contiguous.KERNELS) - 1)]
-    for kernel in contiguous.KERNELS:
-        pages, slots = row.get(f"{kernel}, pages"), row.get(f"{kernel}, contiguous")
-        cells += ["-", "-"] if pages is None else [f"{pages * 1e6:.1f}", f"{slots / pages:.3f}"]
-    return cells
-
-
-def report_attention(found: dict[str, Any]) -> str:
-    """The table of attention over contiguous memory."""
-    if "error" in found:
-        return f"attention over contiguous memory: {found['error']}; not measured"
-    head = ["batch", "layers"]
-    for kernel in contiguous.KERNELS:
-        head += [f"{kernel}: us over pages", "contiguous / pages"]
-    return table(head, [_attention_cells(row) for row in found["rows"]])
-
-
 def report_backed(counts: dict[str, Any]) -> list[str]:
     """The tables of backed bytes."""
     blocks = []
@@ -298,8 +261,11 @@ def _run(args: argparse.Namespace) -> int:
         if not args.no_calls and not args.check:
             timings = measure_calls(args.rounds)
             print("\n\n".join(["", *report_calls(timings)]))
-            timings["attention"] = measure_attention(args.milliseconds)
-            print(f"\n{report_attention(timings['attention'])}")
+            # Imported here: torch takes seconds, and a help text needs none.
+            from avmp_vllm.bench.memory import contiguous
+
+            timings["attention"] = contiguous.measure(args.milliseconds)
+            print(f"\n{contiguous.report(timings['attention'])}")
         result = results.record(
             BENCHMARK,
             results.environment(parameters["seed"]),

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from avmp_vllm.bench.tables import table
+
 PAGE_TOKENS = 16
 LAYERS = (1, 2, 4, 10, 32)
 #: Query heads, KV heads and their size: of an attention layer of Jamba Reasoning 3B and alike.
@@ -165,7 +167,7 @@ def launches(arena: torch.Tensor, batch: str, layers: int) -> dict[str, Launch]:
     return found
 
 
-def measure(milliseconds: int) -> Iterator[dict[str, Any]]:
+def rows(milliseconds: int) -> Iterator[dict[str, Any]]:
     """Seconds of each kernel by batch and layers; what does not fit the card is named."""
     from avmp_kernels.measure import time_launch
 
@@ -182,3 +184,43 @@ def measure(milliseconds: int) -> Iterator[dict[str, Any]]:
             yield row
             del arena, launch
             torch.cuda.empty_cache()
+
+
+def measure(milliseconds: int) -> dict[str, Any]:
+    """The card and its ``rows``, or under ``error`` why there are none.
+
+    Args:
+        milliseconds: Spent on each kernel.
+    """
+    if not torch.cuda.is_available():
+        return {"error": "torch sees no CUDA device"}
+    from avmp_vllm.bench import card, stock_kernels
+
+    if missing := stock_kernels.available():
+        return {"error": missing}
+    found = []
+    for row in rows(milliseconds):
+        print(f"  {'  '.join(_cells(row))}", flush=True)
+        found.append(row)
+    return {**card.describe(torch.device("cuda")), "rows": found}
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    """Microseconds over pages, and contiguous to pages, of both kernels."""
+    cells = [row["batch"], str(row["layers"])]
+    if "error" in row:
+        return [*cells, row["error"], *[""] * (2 * len(KERNELS) - 1)]
+    for kernel in KERNELS:
+        pages, slots = row.get(f"{kernel}, pages"), row.get(f"{kernel}, contiguous")
+        cells += ["-", "-"] if pages is None else [f"{pages * 1e6:.1f}", f"{slots / pages:.3f}"]
+    return cells
+
+
+def report(found: dict[str, Any]) -> str:
+    """The table of what was measured."""
+    if "error" in found:
+        return f"attention over contiguous memory: {found['error']}; not measured"
+    head = ["batch", "layers"]
+    for kernel in KERNELS:
+        head += [f"{kernel}: us over pages", "contiguous / pages"]
+    return table(head, [_cells(row) for row in found["rows"]])
