@@ -111,44 +111,59 @@ def flash_missing() -> str | None:
     return None if version else "no version of vLLM's FlashAttention runs on this card"
 
 
+def flash_schedule(
+    given: Inputs, kv_heads: int, head_size: int, page_tokens: int | None
+) -> tuple[torch.Tensor, int]:
+    """FlashAttention 3's schedule of a batch, and the most splits.
+
+    It is made once, since vLLM makes it once a step for all layers; batches that a CUDA graph may
+    hold get that backend's bound on splits.
+
+    Args:
+        given: The batch.
+        kv_heads: Heads of the cache.
+        head_size: Of keys and values.
+        page_tokens: None for a cache without pages.
+    """
+    from vllm.config.attention import AttentionConfig
+    from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
+
+    query, splits = given["query"], 0
+    if query.shape[0] <= LARGEST_GRAPH:
+        splits = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
+    metadata = get_scheduler_metadata(
+        batch_size=given["seq_lens"].shape[0],
+        max_seqlen_q=given["max_queries"],
+        max_seqlen_k=given["max_length"],
+        num_heads_q=query.shape[1],
+        num_heads_kv=kv_heads,
+        headdim=head_size,
+        cache_seqlens=given["seq_lens"],
+        qkv_dtype=query.dtype,
+        cu_seqlens_q=given["query_start_loc"],
+        page_size=page_tokens,
+        causal=True,
+        window_size=(-1, -1),
+        num_splits=splits,
+    )
+    return metadata, splits
+
+
 def flash_attention(given: Inputs) -> Callable[[], torch.Tensor]:
     """FlashAttention, over the same strided views, as vLLM's backend launches it.
-
-    On Hopper (version 3) the schedule is made once, since vLLM makes it once a step for all layers;
-    batches that a CUDA graph may hold get that backend's bound on splits.
 
     Raises:
         ValueError: Its output is not that of the Triton backend: the figure would mean nothing.
     """
-    from vllm.config.attention import AttentionConfig
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.vllm_flash_attn.flash_attn_interface import (
-        flash_attn_varlen_func,
-        get_scheduler_metadata,
-    )
+    from vllm.vllm_flash_attn.flash_attn_interface import flash_attn_varlen_func
 
     query, keys = given["query"], given["key_cache"]
     page_tokens, kv_heads, head_size = keys.shape[1:]
     version = get_flash_attn_version(head_size=head_size, kv_cache_block_size=page_tokens)
     metadata, splits = None, 0
     if version == 3:
-        if query.shape[0] <= LARGEST_GRAPH:
-            splits = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
-        metadata = get_scheduler_metadata(
-            batch_size=given["seq_lens"].shape[0],
-            max_seqlen_q=given["max_queries"],
-            max_seqlen_k=given["max_length"],
-            num_heads_q=query.shape[1],
-            num_heads_kv=kv_heads,
-            headdim=head_size,
-            cache_seqlens=given["seq_lens"],
-            qkv_dtype=query.dtype,
-            cu_seqlens_q=given["query_start_loc"],
-            page_size=page_tokens,
-            causal=True,
-            window_size=(-1, -1),
-            num_splits=splits,
-        )
+        metadata, splits = flash_schedule(given, kv_heads, head_size, page_tokens)
     out = torch.empty_like(query)
 
     def launch() -> torch.Tensor:

@@ -133,7 +133,7 @@ def test_a_prompt_is_cut_only_for_a_state_worth_keeping(tiny_jamba, monkeypatch)
                 assert set(scheduled[len(chunks) :]) <= {0, 1}
                 answers.append((prompt, answer))
                 # Whatever was published on the way, a shorter prompt computes from it.
-                for shorter in range(65, length, 128):
+                for shorter in range(65, length, 64):
                     answers.append((prompt[:shorter], _answer(llm, prompt[:shorter])[0]))
             scheduler.kv_cache_manager.verify()
             assert_nothing_held(llm)

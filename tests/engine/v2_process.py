@@ -318,7 +318,6 @@ def broken(
     model: str,
     *patches: Any,
     name: str = "cache",
-    rounds: int = 1,
     step_tokens: int = 256,
     **avmp: Any,
 ) -> dict[str, Any]:
@@ -329,7 +328,7 @@ def broken(
         return serve(
             name,
             model,
-            rounds=rounds,
+            rounds=1,
             max_num_batched_tokens=step_tokens,
             avmp={"verify": False, **avmp},
         )
@@ -674,7 +673,7 @@ def scenarios(
         # In short steps, so that running states move on to other blocks.
         "no_rows": lambda: broken(jamba, without_rows(), step_tokens=64),
         "handles_no_table_writes": lambda: broken(
-            short, write_nothing, name="handles", rounds=1, kernels="handles"
+            short, write_nothing, name="handles", kernels="handles"
         ),
         "corrupted": lambda: corrupted(short),
         "unchecked": lambda: unchecked(short, "resolved"),

@@ -11,7 +11,7 @@ which grows with the number of layers. Imports vLLM, whose compiled operations n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -77,33 +77,16 @@ def flash_contiguous(given: dict[str, Any], keys: torch.Tensor, values: torch.Te
     vLLM's Python wrapper asserts against lengths beside offsets, and the device code takes both,
     so its operations are called themselves.
     """
-    from vllm.config.attention import AttentionConfig
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
-    from vllm.vllm_flash_attn.flash_attn_interface import get_scheduler_metadata
 
-    from avmp_vllm.bench.stock_kernels import LARGEST_GRAPH
+    from avmp_vllm.bench.stock_kernels import flash_schedule
 
     query, lengths, starts = given["query"], given["seq_lens"], given["query_start_loc"]
     most_queries, longest, scale = given["max_queries"], given["max_length"], given["scale"]
     slots = given["slots"]
     out = torch.empty_like(query)
     if get_flash_attn_version(head_size=HEAD_SIZE) == 3:
-        splits = 0
-        if query.shape[0] <= LARGEST_GRAPH:
-            splits = AttentionConfig().flash_attn_max_num_splits_for_cuda_graph
-        metadata = get_scheduler_metadata(
-            batch_size=len(slots),
-            max_seqlen_q=most_queries,
-            max_seqlen_k=longest,
-            num_heads_q=HEADS,
-            num_heads_kv=KV_HEADS,
-            headdim=HEAD_SIZE,
-            cache_seqlens=lengths,
-            qkv_dtype=query.dtype,
-            cu_seqlens_q=starts,
-            causal=True,
-            num_splits=splits,
-        )
+        metadata, splits = flash_schedule(given, KV_HEADS, HEAD_SIZE, None)
 
         def launch() -> torch.Tensor:
             torch.ops._vllm_fa3_C.fwd(
@@ -167,27 +150,26 @@ def launches(arena: torch.Tensor, batch: str, layers: int) -> dict[str, Launch]:
     return found
 
 
-def rows(milliseconds: int) -> Iterator[dict[str, Any]]:
-    """Seconds of each kernel by batch and layers; what does not fit the card is named."""
+def row(batch: str, layers: int, milliseconds: int) -> dict[str, Any]:
+    """Seconds of each kernel over an arena, or under ``error`` why there are none."""
     from avmp_kernels.measure import time_launch
 
-    for batch, (slots, tokens, _) in BATCHES.items():
-        for layers in LAYERS:
-            row: dict[str, Any] = {"batch": batch, "layers": layers}
-            elements = slots * tokens * layers * KV_HEADS * 2 * HEAD_SIZE
-            if 2 * elements > 0.9 * torch.cuda.mem_get_info()[0]:
-                yield row | {"error": f"{2 * elements / 2**30:.1f} GiB are not free"}
-                continue
-            arena = torch.empty(elements, dtype=torch.bfloat16, device="cuda").normal_()
-            for name, launch in launches(arena, batch, layers).items():
-                row[name] = time_launch(launch, milliseconds).median
-            yield row
-            del arena, launch
-            torch.cuda.empty_cache()
+    slots, tokens, _ = BATCHES[batch]
+    elements = slots * tokens * layers * KV_HEADS * 2 * HEAD_SIZE
+    found: dict[str, Any] = {"batch": batch, "layers": layers}
+    if 2 * elements > 0.9 * torch.cuda.mem_get_info()[0]:
+        return found | {"error": f"{2 * elements / 2**30:.1f} GiB are not free"}
+    arena = torch.empty(elements, dtype=torch.bfloat16, device="cuda").normal_()
+    try:
+        timed = launches(arena, batch, layers)
+        return found | {name: time_launch(one, milliseconds).median for name, one in timed.items()}
+    except Exception as error:
+        # A kernel that refuses the layout is a finding, not the end of the run.
+        return found | {"error": f"{type(error).__name__}: {error}"}
 
 
 def measure(milliseconds: int) -> dict[str, Any]:
-    """The card and its ``rows``, or under ``error`` why there are none.
+    """The card and each batch's `row` by layers; or under ``error`` why there are none.
 
     Args:
         milliseconds: Spent on each kernel.
@@ -199,19 +181,21 @@ def measure(milliseconds: int) -> dict[str, Any]:
     if missing := stock_kernels.available():
         return {"error": missing}
     found = []
-    for row in rows(milliseconds):
-        print(f"  {'  '.join(_cells(row))}", flush=True)
-        found.append(row)
+    for batch in BATCHES:
+        for layers in LAYERS:
+            found.append(row(batch, layers, milliseconds))
+            torch.cuda.empty_cache()
+            print(f"  {'  '.join(_cells(found[-1]))}", flush=True)
     return {**card.describe(torch.device("cuda")), "rows": found}
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
+def _cells(found: dict[str, Any]) -> list[str]:
     """Microseconds over pages, and contiguous to pages, of both kernels."""
-    cells = [row["batch"], str(row["layers"])]
-    if "error" in row:
-        return [*cells, row["error"], *[""] * (2 * len(KERNELS) - 1)]
+    cells = [found["batch"], str(found["layers"])]
+    if "error" in found:
+        return [*cells, found["error"], *[""] * (2 * len(KERNELS) - 1)]
     for kernel in KERNELS:
-        pages, slots = row.get(f"{kernel}, pages"), row.get(f"{kernel}, contiguous")
+        pages, slots = found.get(f"{kernel}, pages"), found.get(f"{kernel}, contiguous")
         cells += ["-", "-"] if pages is None else [f"{pages * 1e6:.1f}", f"{slots / pages:.3f}"]
     return cells
 
@@ -223,4 +207,4 @@ def report(found: dict[str, Any]) -> str:
     head = ["batch", "layers"]
     for kernel in KERNELS:
         head += [f"{kernel}: us over pages", "contiguous / pages"]
-    return table(head, [_cells(row) for row in found["rows"]])
+    return table(head, [_cells(one) for one in found["rows"]])
