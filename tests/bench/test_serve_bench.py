@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import itertools
 import json
+import os
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from avmp_vllm.bench.serve.models import JAMBA, SHAPES
 from avmp_vllm.bench.serve.rounds import Goal, Round, Timed
 from avmp_vllm.bench.statistics import Interval
 from avmp_vllm.demo.replay import Answer, Replay
+from avmp_vllm.demo.server import Metrics
 from avmp_vllm.demo.workload import SAMPLE, Conversation
 from avmp_vllm.models.tokenizer import build_tokenizer
 
@@ -439,6 +442,30 @@ def test_the_sides_and_what_vllm_makes_of_their_options():
     intervals = [one.prefix_cache_retention_interval for one in found.values()]
     assert intervals == [0, None, 0]
     assert found["stock-unit"].prefix_match_unit == 16
+
+
+def test_where_a_first_tokens_time_goes_is_a_mean_of_the_round(tmp_path):
+    """Sums of seconds over a server's life, before and after two requests."""
+
+    def page(queue, prefill, steps):
+        return Metrics(
+            f"vllm:request_queue_time_seconds_sum {queue}\n"
+            f"vllm:request_prefill_time_seconds_sum {prefill}\n"
+            f"vllm:iteration_tokens_total_count {steps}\n"
+        )
+
+    pages = iter([page(1, 5, 10), page(1.01, 5.2, 40)])
+    server = SimpleNamespace(
+        pid=os.getpid(), url="", check_alive=lambda: None, metrics=lambda: next(pages)
+    )
+    round_ = SimpleNamespace(
+        counts=lambda: {"answered": 2, "answer_tokens": 8}, figures=lambda goal: {}, errors=[]
+    )
+    load = SimpleNamespace(drive=lambda *args: round_)
+    _, found = sides.drive(server, load, "model", 0, tmp_path / "log", None)
+    assert found["figures"]["queue_ms"] == pytest.approx(5)
+    assert found["figures"]["prefill_ms"] == pytest.approx(100)
+    assert found["figures"]["steps"] == 30
 
 
 def test_the_tiny_jamba_has_the_proportions_of_a_real_one():
