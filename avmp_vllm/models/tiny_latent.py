@@ -67,7 +67,7 @@ def write_tiny_kimi_linear(path: str | Path, *, seed: int = 0, **overrides: Any)
         layer = f"model.layers.{index}."
         shapes |= _layer(layer)
         if not config.is_kda_layer(index):
-            shapes |= _latent(layer + "self_attn.", "o_proj")
+            shapes |= _latent(config, layer + "self_attn.", "o_proj")
             continue
         attention = layer + "self_attn."
         for name in "qkv":
@@ -106,18 +106,18 @@ def write_tiny_bailing_2_5(path: str | Path, *, seed: int = 0, **overrides: Any)
         **{**_COMMON, **_LATENT, **fields, **special_token_ids(), **overrides}
     )
     shapes = _ends("model.word_embeddings.weight", config.vocab_size)
-    inner = _HEADS * _HEAD
+    inner = _HEADS * config.head_dim
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}."
         shapes |= _layer(layer)
         attention = layer + "attention."
         if (index + 1) % config.layer_group_size == 0:
-            shapes |= _latent(attention, "dense")
+            shapes |= _latent(config, attention, "dense")
             continue
         shapes |= {
             attention + "query_key_value.weight": (3 * inner, _WIDTH),
-            attention + "query_layernorm.weight": (_HEAD,),
-            attention + "key_layernorm.weight": (_HEAD,),
+            attention + "query_layernorm.weight": (config.head_dim,),
+            attention + "key_layernorm.weight": (config.head_dim,),
             attention + "g_proj.weight": (inner, _WIDTH),
             attention + "g_norm.weight": (inner,),
             attention + "dense.weight": (_WIDTH, inner),
@@ -145,10 +145,10 @@ def _layer(layer: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _latent(attention: str, output: str) -> dict[str, tuple[int, ...]]:
+def _latent(config: PretrainedConfig, attention: str, output: str) -> dict[str, tuple[int, ...]]:
     """Latent attention without a compressed query."""
-    rank, rope = _LATENT["kv_lora_rank"], _LATENT["qk_rope_head_dim"]
-    key, value = _LATENT["qk_nope_head_dim"], _LATENT["v_head_dim"]
+    rank, rope = config.kv_lora_rank, config.qk_rope_head_dim
+    key, value = config.qk_nope_head_dim, config.v_head_dim
     return {
         attention + "q_proj.weight": (_HEADS * (key + rope), _WIDTH),
         attention + "kv_a_proj_with_mqa.weight": (rank + rope, _WIDTH),

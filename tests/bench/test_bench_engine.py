@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from avmp_vllm.bench.engine.workloads import (
     AMPLE,
     DECODE,
     DROPPED,
+    JOIN,
+    JOIN_SLICES,
+    JOINS,
     PREFILL,
     TIGHT,
     Workload,
@@ -27,7 +31,8 @@ from avmp_vllm.cli import main
 
 _SIZES = """
     --rounds 1 --batches 1,5 --prompt 20 --steps 6 --slice-steps 3 --prefill 100
-    --prefill-repeats 1 --pressure-requests 10 --pressure-prompt 150 --pressure-answer 20
+    --prefill-repeats 1 --join 40 --join-requests 3 --pressure-requests 10
+    --pressure-prompt 150 --pressure-answer 20
     --ample-mib 8 --tight-mib 2 --variants stock,avmp
 """
 SMALL = _SIZES.split()
@@ -48,7 +53,12 @@ def result(tmp_path_factory) -> dict:
 
 def test_answers_of_real_engines_are_equal_and_varied(result):
     """In every workload; and the random weights give answers of which a lost byte would show."""
-    for name, requests in (("decode 1", 1), ("decode 5", 5), ("prefill 100", 1)):
+    for name, requests in (
+        ("decode 1", 1),
+        ("decode 5", 5),
+        ("prefill 100", 1),
+        ("join 3", 3 + JOIN_SLICES * JOINS),
+    ):
         (one,) = result["counts"][name]
         assert one["avmp"] == {"requests": requests, "equal": requests, "first_difference": None}
     (one,) = result["counts"]["decode 5"]
@@ -90,6 +100,12 @@ class Fake:
             return {"seconds": self.seconds}
         if do == "steps":
             return {"seconds": [self.seconds] * order["count"], "cpu_s": 0.5 * order["count"]}
+        if do == "joins":
+            number = self.work.slice_steps
+            return {
+                "seconds": [self.seconds, 3 * self.seconds] * (number // 2),
+                "steps": [2] * number,
+            }
         tokens = [[self.token] * self.work.answer for _ in range(self.work.requests)]
         counters = {"preemptions": 2.0}
         return {
@@ -134,6 +150,40 @@ def test_prefills_and_pressure():
     assert found["figures"]["at_once"] == 3
 
 
+def test_joins():
+    """Between the others' start and end; those that go on apart from those that are new."""
+    log: list[tuple[str, str]] = []
+    join = Workload("join 2", JOIN, AMPLE, 2, 9, 50, slices=2, slice_steps=4, joiner=5)
+    found = measure(join, {"a": Fake("a", 0.02, log=log)}, 1)["a"]["figures"]
+    assert [do for _, do in log] == ["begin", "joins", "joins", "finish"]
+    assert found["ttft_ms"] == pytest.approx(20)
+    assert found["ttft_on_ms"] == pytest.approx(60)
+    assert found["ttft_p50_ms"] == pytest.approx(40)
+    assert found["steps"] == 2
+    first, second, third, _ = join.joiners(1, 99)
+    assert (len(first), len(second), len(third)) == (5, 10, 5)
+    assert second[:5] == first
+    assert third != first
+    assert join.joiners(1, 99) != join.joiners(2, 99)
+
+
+def test_on_a_card_a_prefix_cache_makes_tokens_no_error():
+    """Each side cuts prompts at places of its own; on the CPU, in fp32, they must be equal."""
+    parameters = vars(_arguments(*SMALL)) | {"batches": [5], "arena_mib": {AMPLE: 1}}
+    parameters |= {"step_tokens": 64}
+    for platform, caching, exact in (
+        ("cpu", True, True),
+        ("cuda", True, False),
+        ("cuda", False, True),
+    ):
+        found = workloads(parameters | {"platform": platform, "prefix_caching": caching})
+        assert {one.exact for one in found} == {exact}
+    (*_, join) = found
+    rounds = _rounds(join, 8, stock=0.1, resolved=0.1)
+    assert report.differing(join, rounds) == ["resolved"]
+    assert report.differing(replace(join, exact=False), rounds) == []
+
+
 def test_prompts_depend_on_the_round_only():
     assert DECODES.prompts(1, 99) == DECODES.prompts(1, 99)
     assert DECODES.prompts(1, 99) != DECODES.prompts(2, 99)
@@ -143,7 +193,7 @@ def test_prompts_depend_on_the_round_only():
 def test_answers_outlast_the_counted_steps():
     """A decode ends behind its last slice, whatever its prefill took."""
     parameters = vars(_arguments(*SMALL)) | {"batches": [5], "arena_mib": {AMPLE: 1}}
-    (decode, _) = workloads(parameters | {"step_tokens": 64})
+    (decode, *_) = workloads(parameters | {"step_tokens": 64, "platform": "cpu"})
     assert decode.answer >= 2 + 5 * 84 // 64 + 2 * (DROPPED + 3)
 
 

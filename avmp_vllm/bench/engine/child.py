@@ -8,6 +8,7 @@ an order takes no processor time.
 start    make the engine; the answer says what it is
 begin    add a workload's requests; with ``prefill``, step until each has its first token
 steps    a slice of pure decode steps, each timed
+joins    prompts that join those that decode, one after the other, each timed to its token
 finish   step until all requests have ended; the answer has their tokens
 ======== ==================================================================================
 """
@@ -23,7 +24,7 @@ import traceback
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
-from avmp_vllm.bench.engine.workloads import DROPPED, Workload
+from avmp_vllm.bench.engine.workloads import DROPPED, JOIN_GAP, Workload
 from avmp_vllm.bench.in_process import engine_in_process
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ COUNTERS = {
     "vllm:avmp_migrations": "migrations",
     "vllm:avmp_relocated_bytes": "relocated_bytes",
     "vllm:avmp_driver_calls": "driver_calls",
+    "vllm:prefix_cache_hits": "hits",
 }
 
 
@@ -65,26 +67,13 @@ class Session:
         Returns:
             ``seconds`` until each had its first token; of adding them only without ``prefill``.
         """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
         work = Workload(**workload)
         prompts = work.prompts(seed, self._vocabulary)
-        sampling = SamplingParams(
-            temperature=0,
-            max_tokens=work.answer,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
         self._tokens, self._finished, self._before = {}, 0, self._counters()
         self._peak = 0
         begin = time.perf_counter()
         for prompt in prompts:
-            name = str(self._count)
-            self._count += 1
-            self._tokens[name] = []
-            self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+            self._add(prompt, work.answer)
         while prefill and not all(self._tokens.values()):
             self._step()
         return {"seconds": time.perf_counter() - begin}
@@ -116,6 +105,32 @@ class Session:
                 )
         return {"seconds": seconds[DROPPED:], "cpu_s": time.process_time() - cpu}
 
+    def joins(self, workload: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Have prompts join the requests that decode, one after the other.
+
+        Returns:
+            ``seconds`` from each prompt's arrival to its token, and the ``steps`` it took.
+
+        Raises:
+            NotPureDecode: The requests beside them have ended.
+        """
+        work = Workload(**workload)
+        seconds, steps = [], []
+        for prompt in work.joiners(seed, self._vocabulary):
+            begin = time.perf_counter()
+            name = self._add(prompt, 1)
+            count = 0
+            while not self._tokens[name]:
+                self._step()
+                count += 1
+            seconds.append(time.perf_counter() - begin)
+            steps.append(count)
+            for _ in range(JOIN_GAP):
+                self._step()
+        if self._finished > len(self._tokens) - work.requests:
+            raise NotPureDecode("requests that were to decode all the time have ended")
+        return {"seconds": seconds, "steps": steps}
+
     def finish(self) -> dict[str, Any]:
         """Run until nothing is left.
 
@@ -135,6 +150,24 @@ class Session:
             "at_once": self._peak,
             "counters": {name: now[name] - self._before.get(name, 0) for name in now},
         }
+
+    def _add(self, prompt: list[int], answer: int) -> str:
+        """Add a request; its name."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0,
+            max_tokens=answer,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        name = str(self._count)
+        self._count += 1
+        self._tokens[name] = []
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        return name
 
     def _step(self) -> int:
         """Run a step; how many requests got a token."""

@@ -33,6 +33,8 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "slice_steps": (16, 32),
     "prefill": (1024, 4096),
     "prefill_repeats": (3, 5),
+    "join": (64, 256),
+    "join_requests": (8, 15),
     "pressure_requests": (32, 128),
     "pressure_prompt": (192, 1024),
     "pressure_answer": (64, 256),
@@ -46,6 +48,8 @@ WHAT = {
     "slice_steps": "of them between two turns",
     "prefill": "tokens of the prefill's prompt; 0 leaves it out",
     "prefill_repeats": "prefills a round",
+    "join": "tokens of prompts that join requests which decode; 0 leaves it out",
+    "join_requests": "requests that decode beside them",
     "pressure_requests": "requests under pressure",
     "pressure_prompt": "least tokens of their prompts",
     "pressure_answer": "tokens of their answers",
@@ -78,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batches", default="1,16,64", metavar="N,...", help="decode batches (1,16,64)"
     )
     for name, (tiny, real) in DEFAULTS.items():
-        least = 0 if name == "prefill" else 1
+        least = 0 if name in ("prefill", "join") else 1
         parser.add_argument(
             "--" + name.replace("_", "-"),
             type=int if least == 0 else positive,
@@ -86,7 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{WHAT[name]} (default {tiny} on a CPU, {real} on CUDA)",
         )
     parser.add_argument(
-        "--prefix-caching", action="store_true", help="on for all; no prompt repeats"
+        "--prefix-caching",
+        action="store_true",
+        help="on for all; no prompt repeats but half of those that join",
     )
     parser.add_argument(
         "--avmp", type=json_object, default={}, metavar="JSON", help="more options of AVMP's"
@@ -227,7 +233,8 @@ class Job:
             # With the bytes given, all that this does is refuse to start beside other engines.
             "gpu_memory_utilization": 0.01,
             "max_model_len": -(-max(one.longest for one in self.workloads) // 256) * 256,
-            "max_num_seqs": max(one.requests for one in self.workloads),
+            # One more may join.
+            "max_num_seqs": max(one.requests + bool(one.joiner) for one in self.workloads),
             "max_num_batched_tokens": p["step_tokens"],
             "enable_prefix_caching": p["prefix_caching"],
         }

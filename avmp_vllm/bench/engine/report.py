@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from avmp_vllm.bench import pairs
-from avmp_vllm.bench.engine.workloads import AMPLE, DECODE, PREFILL, Workload
+from avmp_vllm.bench.engine.workloads import AMPLE, DECODE, JOIN, PREFILL, PRESSURE, Workload
 from avmp_vllm.bench.pairs import Rounds, Row
 from avmp_vllm.bench.statistics import Interval
 from avmp_vllm.bench.tables import table
@@ -35,6 +35,13 @@ DECODE_ROWS = (
     _DRIVER_CALLS,
 )
 PREFILL_ROWS = (Row("ttft_ms", "time to first token, ms", ",.2f", False),)
+JOIN_ROWS = (
+    Row("ttft_ms", "new prompt to its token, mean ms", ",.2f", False),
+    Row("ttft_on_ms", "one that goes on from it, mean ms", ",.2f", False),
+    Row("ttft_p50_ms", "either, p50, ms", ",.2f", False),
+    Row("steps", "engine steps to a token", ",.2f", False),
+    Row("hits", "prompt tokens hit a round", ",.0f", None),
+)
 PRESSURE_ROWS = (
     Row("throughput", "answer tokens / s", ",.1f", True),
     Row("cpu_ms_per_token", "processor ms a token", ",.3f", False),
@@ -51,9 +58,9 @@ BOUNDED = ("step_mean_ms", "step_p50_ms")
 
 def rows(workload: Workload) -> tuple[Row, ...]:
     """Figures of a workload."""
-    if workload.kind == DECODE:
-        return DECODE_ROWS
-    return PREFILL_ROWS if workload.kind == PREFILL else PRESSURE_ROWS
+    return {DECODE: DECODE_ROWS, PREFILL: PREFILL_ROWS, JOIN: JOIN_ROWS, PRESSURE: PRESSURE_ROWS}[
+        workload.kind
+    ]
 
 
 def ratios(workload: Workload, rounds: Rounds) -> dict[str, dict[str, Interval]]:
@@ -64,7 +71,7 @@ def ratios(workload: Workload, rounds: Rounds) -> dict[str, dict[str, Interval]]
 
 def differing(workload: Workload, rounds: Rounds) -> list[str]:
     """Variants whose tokens differ from stock's although they must not."""
-    if workload.regime != AMPLE:
+    if workload.regime != AMPLE or not workload.exact:
         return []
     return [
         name
@@ -88,6 +95,8 @@ def tokens_line(workload: Workload, rounds: Rounds) -> str:
             part += f" (first difference at token {min(places)})"
         parts.append(part)
     why = "" if workload.regime == AMPLE else "; preemption makes other batches, which may round"
+    if not workload.exact:
+        why = "; with a prefix cache each side cuts prompts at places of its own, which may round"
     return f"answers equal to stock's: {', '.join(parts)}{why}"
 
 

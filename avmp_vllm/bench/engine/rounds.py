@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from avmp_vllm.bench.engine.workloads import DECODE, PREFILL, Workload
+from avmp_vllm.bench.engine.workloads import DECODE, JOIN, PREFILL, Workload
 
 Tokens = list[list[int]]
 
@@ -48,7 +48,8 @@ def measure(
     work = asdict(workload)
     slices: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     ends: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    if workload.kind == DECODE:
+    beside = workload.kind in (DECODE, JOIN)
+    if beside:
         for name in turns(names, seed):
             engines[name].order(do="begin", workload=work, seed=seed, prefill=True)
     for number in range(workload.slices):
@@ -56,6 +57,9 @@ def measure(
             engine = engines[name]
             if workload.kind == DECODE:
                 slices[name].append(engine.order(do="steps", count=workload.slice_steps))
+            elif workload.kind == JOIN:
+                key = seed * workload.slices + number
+                slices[name].append(engine.order(do="joins", workload=work, seed=key))
             else:
                 # A prompt of its own for each slice, so that a prefix cache finds nothing.
                 key = seed * workload.slices + number
@@ -63,7 +67,7 @@ def measure(
                 slices[name].append(engine.order(do="begin", workload=work, seed=key, prefill=only))
                 ends[name].append(engine.order(do="finish"))
             advance()
-    if workload.kind == DECODE:
+    if beside:
         for name in names:
             ends[name].append(engines[name].order(do="finish"))
     return {
@@ -87,6 +91,17 @@ def _figures(
             "step_p50_ms": 1e3 * float(np.median(seconds)),
             "step_p99_ms": 1e3 * float(np.percentile(seconds, 99)),
             "cpu_ms": 1e3 * sum(part["cpu_s"] for part in slices) / len(seconds),
+        }
+    elif workload.kind == JOIN:
+        seconds = [value for part in slices for value in part["seconds"]]
+        first = [value for part in slices for value in part["seconds"][::2]]
+        onward = [value for part in slices for value in part["seconds"][1::2]]
+        steps = [value for part in slices for value in part["steps"]]
+        figures |= {
+            "ttft_ms": 1e3 * float(np.mean(first)),
+            "ttft_on_ms": 1e3 * float(np.mean(onward)),
+            "ttft_p50_ms": 1e3 * float(np.median(seconds)),
+            "steps": float(np.mean(steps)),
         }
     elif workload.kind == PREFILL:
         figures["ttft_ms"] = 1e3 * float(np.mean([part["seconds"] for part in slices]))
