@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from avmp_kernels.relocate import KV, UNIT, copy_pages, relocate, upload, zero_pages
 
+from avmp_vllm.backing.state_codec import StateCodec
+from avmp_vllm.backing.torch_buffer import BlockBytes
 from avmp_vllm.core import Geometry, Kind, MovePlan
 
 assert int(Kind.KV) == KV
@@ -20,13 +22,16 @@ class KernelBuffer:
     Args:
         raw: Flat uint8 tensor over at least ``geometry.arena_bytes`` bytes.
         geometry: Sizes of the pages in it.
+        codec: Of states that are encoded; None where none is.
 
     Raises:
         ValueError: A page size or the buffer does not allow 16-byte accesses, or the buffer is too
             short.
     """
 
-    def __init__(self, raw: torch.Tensor, geometry: Geometry) -> None:
+    def __init__(
+        self, raw: torch.Tensor, geometry: Geometry, codec: StateCodec | None = None
+    ) -> None:
         for kind in Kind:
             if geometry.unit(kind) % UNIT:
                 raise ValueError(
@@ -40,6 +45,7 @@ class KernelBuffer:
         if raw.data_ptr() % UNIT:
             raise ValueError(f"the buffer does not start on a boundary of {UNIT} bytes")
         self._bytes = raw
+        self._blocks = BlockBytes(raw, geometry, codec)
         self._page_bytes = (geometry.unit(Kind.KV), geometry.unit(Kind.SSM))
 
     def warm_up(self) -> None:
@@ -55,8 +61,11 @@ class KernelBuffer:
 
     def apply(self, plan: MovePlan) -> None:
         """Carry a plan out: relocations in order, then zeroing, then copy-on-write."""
-        moves = [(move.kind, move.source, move.target) for move in plan.relocations]
-        relocate(self._bytes, moves, self._page_bytes)
+        for relocations, recode in plan.in_order():
+            moves = [(move.kind, move.source, move.target) for move in relocations]
+            relocate(self._bytes, moves, self._page_bytes)
+            if recode is not None:
+                self._blocks.recode(recode)
         if plan.zeros:
             targets = upload(plan.zeros, self._bytes.device)
             zero_pages(self._bytes, targets, len(plan.zeros), self._page_bytes)

@@ -18,6 +18,7 @@ hazards        rates of reuse by age: counts, what is thought of them, what foll
 recent         what was learned lately, and whether it contradicts what was learned before
 reuse          how soon a state is used again, learned from what has been used
 keeper         which states are worth their bytes: what is made, and what goes first
+cold           blocks that hold two kept states each, encoded
 tables         which layers share a block table, and how wide a page of several tables is
 transfers      pages that something else reads or writes, and what must wait for it
 host_cache     pages and states on the host, in the same rows
@@ -32,7 +33,7 @@ from avmp_vllm.core.extents import Extents, Stage
 from avmp_vllm.core.geometry import ArenaTooSmall, Geometry, PageGroup
 from avmp_vllm.core.handles import ID_MASK, SSM_TAG, Kind, kind_of
 from avmp_vllm.core.pipeline import PipelineGeometry
-from avmp_vllm.core.plan import Copy, MovePlan, Relocation, Save
+from avmp_vllm.core.plan import Copy, MovePlan, Recode, Relocation, Save
 from avmp_vllm.core.statistics import Statistics
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "MovePlan",
     "PageGroup",
     "PipelineGeometry",
+    "Recode",
     "Relocation",
     "Save",
     "Stage",

@@ -262,6 +262,11 @@ class Arena:
         """Whether a page is cached and unreferenced."""
         return handle in self._cached[kind_of(handle)]
 
+    @property
+    def moved(self) -> int:
+        """Relocations since they were last taken."""
+        return len(self._relocations)
+
     def take_relocations(self) -> list[Relocation]:
         """Drain the relocations since the last call, in the order in which they must be applied."""
         relocations, self._relocations = self._relocations, []

@@ -129,6 +129,7 @@ class Record:
         version: Counts what makes earlier entries of the heaps wrong.
         epoch: Counts what makes earlier entries of the calendar wrong.
         cell: Where it is entered while it is kept.
+        share: Of a block that it takes while it is kept.
     """
 
     key: Hashable
@@ -145,6 +146,7 @@ class Record:
     version: int = 0
     epoch: int = 0
     cell: Cell | None = None
+    share: float = 1.0
 
     @property
     def next_turns(self) -> int:
@@ -340,6 +342,7 @@ class StateKeeper:
         record.position = node.position
         record.cls = record.own_class
         record.node = node
+        record.share = 1.0
         node.note = record
         self.kept += 1
         counts = self.counts[record.origin]
@@ -433,6 +436,18 @@ class StateKeeper:
         self._settle(record)
         record.epoch += 1
 
+    def pays_at(self, node: Node, share: float) -> bool:
+        """Whether a kept state would be worth the price if it took such a share of a block."""
+        record: Record = node.note
+        return self.rates.index(record.cls, record.age_bin) * self._density(node, share) >= (
+            self.price
+        )
+
+    def takes(self, node: Node, share: float) -> None:
+        """A kept state takes such a share of a block from now on."""
+        node.note.share = share
+        self._value(node)
+
     # -- users -------------------------------------------------------------------------------------
 
     def step_on(self, node: Node) -> None:
@@ -454,14 +469,17 @@ class StateKeeper:
         record: Record | None = node.note
         if record is None:
             return
-        spared = node.position - self.tree.ancestor(node).position
-        nbytes = self._state_bytes
-        if node.is_leaf:
-            nbytes += len(node.pages) * self._page_bytes
-        density = spared / nbytes
+        density = self._density(node, record.share)
         if density != record.density or record.cell is None:
             record.density = density
             self._enter(record)
+
+    def _density(self, node: Node, share: float) -> float:
+        """Tokens that a kept state spares by the bytes that go with it."""
+        nbytes = self._state_bytes * share
+        if node.is_leaf:
+            nbytes += len(node.pages) * self._page_bytes
+        return (node.position - self.tree.ancestor(node).position) / nbytes
 
     def _enter(self, record: Record) -> None:
         """Put a kept state's record into the heap of its class and age."""

@@ -1,13 +1,14 @@
 """What a worker must do to its copy of the arena before the next forward pass.
 
-The order is part of the meaning: relocations as listed, with the page table written as they go;
-then zeroing; then copy-on-write. A relocation's source may be an earlier one's destination, and the
-two kinds of page share bytes, so copies may only be reordered where their byte ranges allow it.
-States inside of a chunk are saved by the forward pass itself.
+The order is part of the meaning: relocations as listed, with the page table written as they go, and
+states encoded or decoded in between; then zeroing; then copy-on-write. A relocation's source may be
+an earlier one's destination, and the two kinds of page share bytes, so copies may only be reordered
+where their byte ranges allow it. States inside of a chunk are saved by the forward pass itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
@@ -40,6 +41,24 @@ class Copy(NamedTuple):
     target: int
 
 
+class Recode(NamedTuple):
+    """Encode a state into half a block, or decode it into a block; physical indices.
+
+    Attributes:
+        after: Relocations of the plan that come before it.
+        source: SSM block that is read.
+        target: SSM block that is written.
+        half: Of the block with the encoded state.
+        encode: Or decode.
+    """
+
+    after: int
+    source: int
+    target: int
+    half: int
+    encode: bool
+
+
 class Save(NamedTuple):
     """Save a state inside of a request's chunk, in the pass that computes the chunk.
 
@@ -65,6 +84,7 @@ class MovePlan:
     Attributes:
         number: Counts plans from 1 without gaps, so that a worker notices a lost one.
         relocations: In the order in which they must appear to happen.
+        recodes: States that are encoded or decoded between them, in order.
         zeros: Physical KV pages to clear.
         copies: Copy-on-write pairs.
         digest: Under verification, the known handles of each pool and the checksum of their
@@ -85,6 +105,15 @@ class MovePlan:
     saves: list[Save] = field(default_factory=list)
     stages: tuple[Stage, ...] = ()
     after: Extents | None = None
+    recodes: list[Recode] = field(default_factory=list)
+
+    def in_order(self) -> Iterator[tuple[list[Relocation], Recode | None]]:
+        """Runs of relocations, each with the state that is encoded or decoded after it."""
+        begin = 0
+        for recode in self.recodes:
+            yield self.relocations[begin : recode.after], recode
+            begin = recode.after
+        yield self.relocations[begin:], None
 
     def shifted(self, by: tuple[int, int]) -> MovePlan:
         """The same plan where indices are so much larger, by kind: in another pipeline stage."""

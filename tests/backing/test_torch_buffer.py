@@ -12,8 +12,19 @@ from arena_client import Client, Damage, ShadowMemory
 from test_arena_shadow import by_pool, churn, last_first, there_and_back, without_last
 
 from avmp_vllm.backing.page_table import PageTable
+from avmp_vllm.backing.state_codec import Segment, StateCodec
 from avmp_vllm.backing.torch_buffer import TorchBuffer
-from avmp_vllm.core import SSM_TAG, Arena, Copy, Geometry, Kind, MovePlan, Relocation, kind_of
+from avmp_vllm.core import (
+    SSM_TAG,
+    Arena,
+    Copy,
+    Geometry,
+    Kind,
+    MovePlan,
+    Recode,
+    Relocation,
+    kind_of,
+)
 
 #: The torch buffer takes pages of whole 8-byte words.
 SHAPES = [(64, 456, 16_000), (512, 96, 20_001), (128, 128, 9_000)]
@@ -84,6 +95,23 @@ def test_zeroing_and_copies_come_after_relocations() -> None:
     assert page[14].eq(7).all()
     assert page[4:6].reshape(-1)[:64].eq(7).all(), "block 2 holds page 12, which block 6 held"
     assert torch.equal(page[8], torch.arange(8 * 64, 9 * 64).to(torch.uint8))
+
+
+def test_states_are_encoded_between_relocations() -> None:
+    """Block 4 is encoded into 6, then taken by another; 6 moves to 9, and is decoded from there."""
+    geometry = Geometry(12 * 512, 64, 512)
+    raw = torch.zeros(geometry.arena_bytes, dtype=torch.uint8)
+    buffer = TorchBuffer(raw, geometry, StateCodec([Segment(0, 512, 1, 512, row=16)], 512))
+    blocks = raw.view(torch.float32).view(12, 128)
+    state = torch.arange(128) - 60.0
+    blocks[4], blocks[5], blocks[9] = state, 5, 9
+    relocations = [Relocation(Kind.SSM, 1, 2, 5, 4), Relocation(Kind.SSM, 3, 4, 6, 9)]
+    plan = MovePlan(1, relocations=relocations)
+    plan.recodes = [Recode(0, 4, 6, 1, encode=True), Recode(2, 9, 2, 1, encode=False)]
+    assert [part for part, _ in plan.in_order()] == [[], relocations, []]
+    buffer.apply(plan)
+    assert torch.allclose(blocks[2], state, atol=67 / 4094)
+    assert blocks[4].eq(5).all()
 
 
 @pytest.mark.parametrize(("page", "block", "name"), [(100, 128, "kv"), (64, 100, "ssm")])

@@ -60,6 +60,7 @@ class Known:
         record: The keeper's record of the same state.
         since: Request at which its age began.
         cls: The class that it was in since then.
+        share: Of its bytes that it takes.
     """
 
     record: Record
@@ -70,6 +71,7 @@ class Known:
     cls: Class
     hits: int = 0
     superseded: bool = False
+    share: float = 1.0
 
     def begin(self, now: int) -> None:
         """Its age begins now."""
@@ -209,6 +211,7 @@ class Client:
         pages = (*parent, *own)
         node = self.keeper.tree.add(self.prefixes[parent].node, len(pages) * PAGE, own, len(own))
         self.keeper.keep(known.record, node)
+        known.share = 1.0
         # Where it stands is known now, if it was not before.
         known.position = len(pages) * PAGE
         known.begin(self.now)
@@ -226,6 +229,19 @@ class Client:
         """A request makes a state and builds upon that from now on."""
         self.step_on(self.keep(parent, count, known))
         self.leave(parent)
+
+    def takes(self, pages: Pages, share: float) -> None:
+        """A state is kept in fewer bytes, or in all of them again."""
+        prefix = self.prefixes[pages]
+        assert prefix.known is not None
+        before = prefix.known.share
+        prefix.known.share = share
+        worth = self.worth(pages)
+        prefix.known.share = before
+        if worth != pytest.approx(self.price):
+            assert self.keeper.pays_at(prefix.node, share) == (worth > self.price)
+        self.keeper.takes(prefix.node, share)
+        prefix.known.share = share
 
     def give_up_least(self) -> None:
         """Room is needed."""
@@ -315,7 +331,7 @@ class Client:
         assert known is not None
         spared = (len(pages) - len(self.above(pages))) * PAGE
         alone = sum(not self.others_with(page, but=pages) for page in pages)
-        return self.index(known) * (spared / (STATE_BYTES + alone * PAGE_BYTES))
+        return self.index(known) * (spared / (STATE_BYTES * known.share + alone * PAGE_BYTES))
 
     def check(self) -> None:
         """Compare the keeper with the model."""
@@ -459,6 +475,11 @@ class KeeperMachine(RuleBasedStateMachine):
         self.client.give_up_least()
 
     @precondition(lambda self: self.client.kept())
+    @rule(data=st.data(), share=st.sampled_from([0.5, 1.0]))
+    def takes(self, data: st.DataObject, share: float) -> None:
+        self.client.takes(self.some(data, self.client.kept()), share)
+
+    @precondition(lambda self: self.client.kept())
     @rule(data=st.data(), moved=st.booleans())
     def withdraw(self, data: st.DataObject, moved: bool) -> None:
         self.client.withdraw(self.some(data, self.client.kept()), moved)
@@ -502,7 +523,9 @@ def churn(client: Client, rng: random.Random, steps: int, check: bool = True) ->
             client.miss(rng.choice(list(client.gone)))
         elif what < 0.82 and kept:
             client.supersede(rng.choice(client.alive()))
-        elif what < 0.86 and kept:
+        elif what < 0.84 and kept:
+            client.takes(rng.choice(kept), rng.choice([0.5, 1.0]))
+        elif what < 0.87 and kept:
             client.withdraw(rng.choice(kept), moved=rng.random() < 0.5)
         else:
             client.tick(rng.choice([1, 2, 5, 30]))
@@ -1026,6 +1049,11 @@ def new_least_not_ordered(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(StateKeeper, "_enter", without)
 
 
+def shares_not_seen(patch: pytest.MonkeyPatch) -> None:
+    """A state that takes half its bytes weighs as much as before."""
+    patch.setattr(StateKeeper, "takes", lambda self, node, share: None)
+
+
 def thrown_out_for_good(patch: pytest.MonkeyPatch) -> None:
     """What is kept goes with the entries that are out of date."""
 
@@ -1081,6 +1109,7 @@ def oldest_goes(patch: pytest.MonkeyPatch) -> None:
         heirs_not_valued,
         order_of_an_earlier_epoch,
         new_least_not_ordered,
+        shares_not_seen,
         thrown_out_for_good,
         used_in_the_bin_that_begins,
         replaced_without_an_end,

@@ -439,6 +439,32 @@ def test_stages_take_no_elastic_arena_and_no_connector(vllm_config, monkeypatch)
         refuse(vllm_config)
 
 
+def test_cold_states_need_a_cache_and_stand_alone(vllm_config, monkeypatch):
+    """Each option that they were not tried with is named, with the way out."""
+    avmp = {"cold_states": "int12"}
+    additional = {"block_manager": "avmp", "avmp": avmp}
+    monkeypatch.setitem(vllm_config.__dict__, "additional_config", additional)
+    monkeypatch.setattr(vllm_config.cache_config, "enable_prefix_caching", False)
+    with pytest.raises(ConfigError, match=r"cold_states = 'int12' .* add --enable-prefix-caching"):
+        refuse(vllm_config)
+    monkeypatch.setattr(vllm_config.cache_config, "enable_prefix_caching", True)
+    refuse(vllm_config)
+    drafts = argparse.Namespace(method="ngram")
+    transfer = KVTransferConfig(kv_connector="OffloadingConnector", kv_role="kv_both")
+    for owner, name, value, named in (
+        (vllm_config.parallel_config, "pipeline_parallel_size", 2, "--pipeline-parallel-size 2"),
+        (vllm_config, "speculative_config", drafts, "--speculative-config"),
+        (vllm_config, "kv_transfer_config", transfer, "--kv-transfer-config or --kv-offloading"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(owner.__dict__, name, value)
+            with pytest.raises(ConfigError, match=f"not tried with {named}.*to 'exact'"):
+                refuse(vllm_config)
+    avmp["memory"] = "elastic"
+    with pytest.raises(ConfigError, match="not tried with memory = 'elastic'"):
+        refuse(vllm_config)
+
+
 def test_kernels_by_handle_take_no_drafts(vllm_config, monkeypatch):
     """Whatever the drafter; without one they are taken."""
     additional = {"block_manager": "avmp", "avmp": {"kernels": "handles"}}
@@ -529,6 +555,16 @@ def test_model_without_attention_layers(tiny_mamba):
             {"memory": "elastic", "chunk_bytes": 65536, "budget": 700_000},
             {},
             r"max_model_len=512 .* has 67108864, of which \d+ get no memory: .*'budget'",
+        ),
+        (
+            {"cold_states": "int12"},
+            {"mamba_ssm_cache_dtype": "bfloat16"},
+            "cold_states = 'int12': an encoded state .*bfloat16.* --mamba-ssm-cache-dtype float32",
+        ),
+        (
+            {"cold_states": "int12"},
+            {"prefix_cache_retention_interval": 1024},
+            "cold_states = 'int12': AVMP does not choose the states .*set it to 'exact'",
         ),
         ({}, {"kv_cache_memory_bytes": 600_000}, "max_model_len=512 .*--kv-cache-memory-bytes"),
         ({}, {"kv_cache_memory_bytes": 100_000}, "of 100000 bytes .*--gpu-memory-utilization"),

@@ -82,6 +82,7 @@ def _vllm_config(settings: Settings, avmp: bool) -> VllmConfig:
                 "victim": settings.victim,
                 "cut_tokens": settings.cut,
                 "answer_tokens": settings.answer,
+                "cold_states": settings.cold,
                 "verify": settings.verify,
             },
         }

@@ -36,6 +36,7 @@ class Settings:
         victim: ``victim``.
         cut: ``cut_tokens``.
         answer: ``answer_tokens``.
+        cold: ``cold_states``; `int12` loses nothing here, where a state is one value in all cells.
         verify: Check AVMP's own invariants at each step.
     """
 
@@ -60,7 +61,13 @@ class Settings:
     victim: str = "last"
     cut: int = 0
     answer: int = 64
+    cold: str = "exact"
     verify: bool = True
+
+    @property
+    def chooses(self) -> bool:
+        """Whether AVMP chooses which states are kept."""
+        return self.caching and self.retention == 0
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,8 @@ def draw(seed: int, **changes: object) -> Stream:
         "victim": ("last", "cheapest")[seed // 2 % 2],
     }
     settings = replace(draw_settings(rng), **rules | changes)
+    if seed // 4 % 2 and "cold" not in changes and settings.chooses and settings.stages == 1:
+        settings = replace(settings, cold="int12")
     stream = Stream(settings)
     longest = settings.max_model_len - 1
     known: list[tuple[int, ...]] = [()]

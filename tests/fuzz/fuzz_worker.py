@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
 from vllm.v1.outputs import ModelRunnerOutput
 
 from avmp_vllm.backing.page_table import PageTable
-from avmp_vllm.core import Kind, MovePlan, Save
+from avmp_vllm.core import Kind, MovePlan, Recode, Save
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
@@ -151,6 +151,7 @@ class SimulatedWorker:
         self._shift = config.shift if is_arena else (0, 0)
         self._plans = 0
         self.saved = 0
+        self.recoded = 0
         self._saves: dict[int, list[Save]] = {}
 
     # -- places ------------------------------------------------------------------------------------
@@ -204,8 +205,11 @@ class SimulatedWorker:
         assert plan.number == self._plans, "a move plan was lost"
         plan = plan.shifted(self._shift)
         views = {Kind.KV: layout.kv, Kind.SSM: layout.states}
-        for move in plan.relocations:
-            views[move.kind][move.target] = views[move.kind][move.source].copy()
+        for relocations, recode in plan.in_order():
+            for move in relocations:
+                views[move.kind][move.target] = views[move.kind][move.source].copy()
+            if recode is not None:
+                self._recode(recode)
         self.table.apply(plan.relocations)
         for page in plan.zeros:
             layout.kv[page] = 0
@@ -216,6 +220,17 @@ class SimulatedWorker:
         if plan.digest is not None:
             known, digest = plan.digest
             assert self.table.digest(dict(zip(Kind, known, strict=True))) == digest
+
+    def _recode(self, recode: Recode) -> None:
+        """Encode a state into half a block's cells, or fill a block's cells from them."""
+        states = self.layout.states
+        half = states.shape[1] // 2
+        part = slice(recode.half * half, (recode.half + 1) * half)
+        if recode.encode:
+            states[recode.target][part] = states[recode.source][:half].copy()
+        else:
+            states[recode.target][:] = np.resize(states[recode.source][part], states.shape[1])
+        self.recoded += 1
 
     def _update_rows(self, output: SchedulerOutput) -> None:
         """Follow requests, as Model Runner V1 does."""

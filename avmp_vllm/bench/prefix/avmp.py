@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from avmp_vllm.bench.prefix.cache import Served, Sizes
 from avmp_vllm.bench.prefix.trace import PAGE, Request
+from avmp_vllm.core.cold import HALVES
 from avmp_vllm.core.keeper import ANSWER_TOKENS, Origin, Record, StateKeeper
 from avmp_vllm.core.prefix_tree import Node
 from avmp_vllm.core.reuse import ReuseRates
@@ -34,6 +35,7 @@ class Avmp:
         keeper, keys = self._keeper, request.keys
         keeper.tick()
         hit, node, deepest = self._look_up(request)
+        self._begin_at(node)
         found: Record | None = node.note
         junction = hit
         while junction < request.reusable and keys[junction] in self._pages:
@@ -94,6 +96,13 @@ class Avmp:
             deepest = deepest or self._keeper.gone(request.keys[index])
         return 0, self._keeper.tree.root, deepest
 
+    def _begin_at(self, node: Node) -> None:
+        """A request begins at a prefix."""
+
+    def _spare(self, victim: Node) -> bool:
+        """Whether the least prefix can be kept in fewer bytes."""
+        return False
+
     def _keep(self, request: Request, pages: int, origin: Origin, turns: int) -> bool:
         """Keep a request's state behind so many pages, unless there is one."""
         keys = request.keys
@@ -119,9 +128,9 @@ class Avmp:
         while self.bytes_used() > self._memory:
             victim = self._keeper.victim()
             assert victim is not None
-            key = victim.note.key
-            pages = self._keeper.give_up(victim)
-            del self._nodes[key]
+            if self._spare(victim):
+                continue
+            pages = self._lose(victim)
             states += 1
             lost += len(pages)
             self._page_count -= len(pages)
@@ -130,6 +139,13 @@ class Avmp:
                 if not self._pages[page]:
                     del self._pages[page]
         return states, lost
+
+    def _lose(self, victim: Node) -> list[int]:
+        """Give a prefix up; the pages that go with it."""
+        key = victim.note.key
+        pages = self._keeper.give_up(victim)
+        del self._nodes[key]
+        return pages
 
     def bytes_used(self) -> int:
         """Bytes of kept states and of the pages that they need."""
@@ -151,3 +167,35 @@ class AvmpInside(Avmp):
     """
 
     inside = True
+
+
+class AvmpCold(AvmpInside):
+    """The same with states of float32, two of which share a block before they go.
+
+    It is `cold_states: int12`; that a decoded state is not quite what it was, no cache sees.
+    """
+
+    def __init__(self, memory: int, sizes: Sizes) -> None:
+        super().__init__(memory, sizes)
+        self._cold: set[Node] = set()
+
+    def _begin_at(self, node: Node) -> None:
+        if node in self._cold:
+            self._cold.remove(node)
+            self._keeper.takes(node, 1.0)
+
+    def _spare(self, victim: Node) -> bool:
+        if victim in self._cold or not self._keeper.pays_at(victim, 1 / HALVES):
+            return False
+        self._cold.add(victim)
+        self._keeper.takes(victim, 1 / HALVES)
+        return True
+
+    def _lose(self, victim: Node) -> list[int]:
+        self._cold.discard(victim)
+        return super()._lose(victim)
+
+    def bytes_used(self) -> int:
+        """Bytes of kept states and of the pages that they need."""
+        cold = len(self._cold)
+        return super().bytes_used() - (cold - -(-cold // HALVES)) * self._sizes.state

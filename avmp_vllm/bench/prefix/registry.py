@@ -37,5 +37,6 @@ CACHES: dict[str, Rival] = {
     "marconi": Rival(radix_rules.Marconi, "Marconi, its own eviction"),
     "avmp": Rival(avmp.Avmp, "AVMP"),
     "avmp-inside": Rival(avmp.AvmpInside, "AVMP, a prompt's last state costs no cut"),
+    "avmp-cold": Rival(avmp.AvmpCold, "the same, cold states in half their bytes"),
     "avmp-lru": Rival(vllm_rules.FirstAvmp, "AVMP before it chose its states"),
 }

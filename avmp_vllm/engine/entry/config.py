@@ -69,6 +69,10 @@ class AVMPConfig(BaseModel):
             computed in the time of one more step.
         answer_tokens: With prefix caching, the state of a running answer is copied every so many
             tokens, so that the next turn of its conversation resumes there. 0 keeps none.
+        cold_states: With prefix caching, what becomes of a kept state of float32 that nobody uses
+            when bytes are short: it goes (``exact``), or is first kept in half its bytes, 12 bits a
+            value, until a prompt begins at it (``int12``). What is computed from it may then
+            differ; running states are exact.
         kernels: How kernels find pages: ``resolved`` (handles become indices once a step, and
             vLLM's own kernels run) or ``handles`` (AVMP's attention and Mamba-1 kernels resolve
             them; Model Runner V2 only). ``auto`` is ``resolved``.
@@ -97,6 +101,7 @@ class AVMPConfig(BaseModel):
     victim: Literal["cheapest", "last"] = "cheapest"
     cut_tokens: int = Field(default=400, ge=0)
     answer_tokens: int = Field(default=64, ge=0)
+    cold_states: Literal["exact", "int12"] = "exact"
     kernels: Literal["auto", "resolved", "handles"] = "auto"
     memory: Literal["fixed", "elastic"] = "fixed"
     budget: Bytes | None = Field(default=None, ge=1)

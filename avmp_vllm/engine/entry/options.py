@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from avmp_vllm.engine.entry import connectors
-from avmp_vllm.engine.entry.config import ConfigError, selected
+from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError, selected
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -152,6 +152,8 @@ def refuse(vllm_config: VllmConfig) -> None:
             f"--pipeline-parallel-size {stages}: a transfer knows the pages of one stage; remove "
             "one of them"
         )
+    if config is not None and config.cold_states != "exact":
+        _refuse_cold_states(vllm_config, config)
     ahead = vllm_config.scheduler_config.async_scheduling
     if ahead and stages > 1 and not vllm_config.use_v2_model_runner:
         raise ConfigError(
@@ -174,3 +176,23 @@ def refuse(vllm_config: VllmConfig) -> None:
             f"{model.model} has no SSM layers: AVMP manages models that mix attention and SSM "
             "layers; serve it with --block-manager default"
         )
+
+
+def _refuse_cold_states(vllm_config: VllmConfig, config: AVMPConfig) -> None:
+    """Refuse encoded states where there are none, and beside what they were not tried with."""
+    option = f"cold_states = {config.cold_states!r}"
+    if not vllm_config.cache_config.enable_prefix_caching:
+        raise ConfigError(
+            f"{option} is for what a prefix cache keeps: add --enable-prefix-caching, or set it to "
+            "'exact'"
+        )
+    stages = vllm_config.parallel_config.pipeline_parallel_size
+    beside = {
+        f"--pipeline-parallel-size {stages}": stages > 1,
+        "--kv-transfer-config or --kv-offloading-size": vllm_config.kv_transfer_config is not None,
+        "--speculative-config": vllm_config.speculative_config is not None,
+        "memory = 'elastic'": config.memory == "elastic",
+    }
+    for other, stands in beside.items():
+        if stands:
+            raise ConfigError(f"{option} was not tried with {other}: set it to 'exact'")

@@ -23,6 +23,7 @@ from avmp_vllm.core.capacity import STATE_ALIGNMENT
 from avmp_vllm.core.tables import Layout, Role, arena_geometry, place, round_up
 from avmp_vllm.engine.entry import last_line
 from avmp_vllm.engine.entry.config import selected
+from avmp_vllm.engine.layout.cold import state_codec
 from avmp_vllm.engine.layout.elastic import Elastic, elastic_sizes
 from avmp_vllm.engine.layout.groups import Layers, kind_of_spec, sort_layers
 from avmp_vllm.engine.layout.limits import (
@@ -126,6 +127,7 @@ def get_kv_cache_configs(stock: Callable[..., Any]) -> Callable[..., Any]:
         configs = configs_for(vllm_config, stages)
         refuse_drafts(vllm_config, configs[0].layer_specs)
         refuse_transfers(vllm_config, configs[0].layer_specs)
+        state_codec(vllm_config, configs[0])
         fit_model_len(vllm_config, configs[0])
         clamp_sequences(vllm_config, configs[0])
         return [

@@ -7,57 +7,21 @@ request stands in the tree, and where its prefill has to stop so that a state ca
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from avmp_vllm.core import ID_MASK, Arena, Kind
 from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.keeper import Origin, Record, StateKeeper, Stops
 from avmp_vllm.core.prefix_tree import Node
+from avmp_vllm.engine.scheduler.cold_states import ColdStates
+from avmp_vllm.engine.scheduler.state_pool import StatePool
+from avmp_vllm.engine.scheduler.visits import Intent, Visit
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
     from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
-
-
-@dataclass
-class Visit:
-    """A running request's way through the tree.
-
-    Attributes:
-        node: The prefix that it builds upon.
-        stops: States that it is to make, by their position.
-        prompt: Tokens of its prompt.
-        turns: States before its own in its conversation.
-        found: The record of the state that it began with.
-        answer: The state that moves on with its answer.
-        loaded: Where the state stands that a connector brings, 0 if none does.
-    """
-
-    node: Node
-    stops: dict[int, Origin]
-    prompt: int
-    turns: int
-    found: Record | None = None
-    answer: Node | None = None
-    loaded: int = 0
-
-
-@dataclass(frozen=True)
-class Intent:
-    """What a request that waits would do with its prompt; nothing is changed by it.
-
-    Attributes:
-        stops: States that pay and that do not; these are remembered, so that misses teach.
-        turns: States before its own in its conversation.
-        deepest: The longest prefix of a known state, kept or gone.
-    """
-
-    stops: Stops
-    turns: int
-    deepest: Record | None
 
 
 class Checkpoints:
@@ -71,11 +35,13 @@ class Checkpoints:
         cut_tokens: As in ``StateKeeper``.
         answer_tokens: A running answer's state moves on every so many tokens, rounded up to whole
             pages; 0 keeps none.
+        cold: Whether states are encoded before they go.
 
     Attributes:
         arena: As above.
         keeper: What decides.
-        nodes: By the block of their state.
+        nodes: By the block of their state, or by the slot of one that is encoded.
+        cold: The encoded states; None if none are.
         pages: KV pages that a kept state needs.
     """
 
@@ -87,6 +53,7 @@ class Checkpoints:
         tables: int,
         cut_tokens: int,
         answer_tokens: int,
+        cold: bool = False,
     ) -> None:
         geometry = arena.geometry
         self.keeper = StateKeeper(
@@ -100,6 +67,11 @@ class Checkpoints:
         self._tables = tables
         # Prefixes end at pages.
         self._answer_tokens = ceil_div(answer_tokens, page_tokens) * page_tokens
+        self.cold: ColdStates | None = None
+        if cold:
+            states = pools[Kind.SSM]
+            assert isinstance(states, StatePool)
+            self.cold = ColdStates(arena, states, self.keeper, self.nodes, page_tokens)
         self._intents: dict[str, tuple[Request, Intent]] = {}
         self._visits: dict[str, Visit] = {}
 
@@ -280,14 +252,24 @@ class Checkpoints:
 
     def _withdraw(self, node: Node) -> None:
         """Take a state out of the cache whose request has moved it on."""
-        assert node.state is not None
-        pool = self._pools[Kind.SSM]
-        block = pool.blocks[node.state & ID_MASK]
-        del self.nodes[node.state]
+        state = node.state
+        assert state is not None
+        del self.nodes[state]
+        if state < 0:
+            self._drop_cold(node)
         self._drop(self.keeper.give_up(node, for_room=False, moved=True))
-        pool._maybe_evict_cached_block(block)
-        if self.arena.is_cached(block.block_id):
-            self.arena.drop(block.block_id)
+        if state < 0:
+            return
+        self._pools[Kind.SSM].evict((state,))
+        if self.arena.is_cached(state):
+            self.arena.drop(state)
+
+    def _drop_cold(self, node: Node) -> None:
+        """Let go of an encoded state, and of its block if that holds no other."""
+        assert self.cold is not None
+        block = self.cold.vacate(node)
+        if block is not None:
+            self.arena.drop(block)
 
     def pages_of(self, state: int) -> list[list[int]] | None:
         """The KV pages of a kept state's prefix by table, None for a state that is not kept."""
@@ -315,33 +297,56 @@ class Checkpoints:
             self._drop(self.keeper.give_up(node, for_room=False))
 
     def states_with(self, pages: set[int]) -> set[int]:
-        """Kept states that need any of these KV pages."""
+        """Blocks of kept states that need any of these KV pages; encoded ones are given up."""
         found: set[int] = set()
         ahead = [node for node in self.keeper.tree.nodes() if pages.intersection(node.pages)]
         while ahead:
             node = ahead.pop()
             ahead.extend(node.children)
-            if node.state is not None:
+            if node.state is None:
+                continue
+            if node.state >= 0:
                 found.add(node.state)
+                continue
+            del self.nodes[node.state]
+            self._drop_cold(node)
+            self._drop(self.keeper.give_up(node, for_room=False))
         return found
 
     def choose(self) -> list[int]:
-        """Give the least of the kept prefixes up; the cached blocks that go with it."""
+        """Give the least of the kept prefixes up; the cached blocks that go with it.
+
+        A whole state is encoded first, if that is what is done here.
+        """
         while True:
             node = self.keeper.victim()
             if node is None:
                 return []
-            assert node.state is not None
-            del self.nodes[node.state]
-            state = node.state
-            pages = self.keeper.give_up(node)
-            self.pages.difference_update(pages)
-            if not self.arena.is_cached(state):
-                # In use, so its block stays; but nobody is to resume from what is kept no more.
-                self._pools[Kind.SSM].evict((state,))
-            cached = [block for block in (state, *pages) if self.arena.is_cached(block)]
+            if self.cold is not None and self.cold.may_encode(node):
+                freed = self.cold.encode(node)
+                if freed is None:
+                    continue
+                return [freed]
+            cached = [block for block in self._give_up(node) if self.arena.is_cached(block)]
             if cached:
                 return cached
+
+    def _give_up(self, node: Node) -> list[int]:
+        """Give a kept prefix up for room; the blocks that are of no use any more."""
+        state = node.state
+        assert state is not None
+        del self.nodes[state]
+        blocks = [state]
+        if state < 0:
+            assert self.cold is not None
+            freed = self.cold.vacate(node)
+            blocks = [] if freed is None else [freed]
+        elif not self.arena.is_cached(state):
+            # In use, so its block stays; but nobody is to resume from what is kept no more.
+            self._pools[Kind.SSM].evict((state,))
+        pages = self.keeper.give_up(node)
+        self.pages.difference_update(pages)
+        return blocks + pages
 
     def _drop(self, pages: Sequence[int]) -> None:
         """Let go of pages that no state needs any more."""
@@ -359,14 +364,23 @@ class Checkpoints:
             self.keeper.give_up(node, for_room=False, moved=True)
         self.nodes.clear()
         self.pages.clear()
+        if self.cold is not None:
+            self.cold.clear()
 
     def problems(self) -> list[str]:
         """What does not add up: orphans of either kind, and mistakes of the tree."""
         found = self.keeper.tree.problems()
         arena = self.arena
-        for kind, kept in ((Kind.KV, self.pages), (Kind.SSM, self.nodes)):
+        cold: Container[int] = () if self.cold is None else self.cold.blocks
+        whole = [state for state in self.nodes if state >= 0]
+        for kind, kept in ((Kind.KV, self.pages), (Kind.SSM, whole)):
             pool = self._pools[kind]
-            orphans = [block for block in arena.cached_handles(kind) if block not in kept]
+            known = set(kept)
+            orphans = [
+                block
+                for block in arena.cached_handles(kind)
+                if block not in known and block not in cold
+            ]
             if orphans:
                 found.append(f"{kind.label}: {orphans[:5]} are cached, and no state needs them")
             lost = [block for block in kept if pool.blocks[block & ID_MASK].block_hash is None]
@@ -375,4 +389,6 @@ class Checkpoints:
         owned = [page for node in self.keeper.tree.nodes() for page in node.pages]
         if len(owned) != len(self.pages) or set(owned) != self.pages:
             found.append(f"{len(owned)} pages in the tree, {len(self.pages)} needed")
+        if self.cold is not None:
+            found += self.cold.problems()
         return found

@@ -24,7 +24,7 @@ from avmp_vllm.core.geometry import ceil_div
 from avmp_vllm.core.tables import Role
 from avmp_vllm.core.transfers import NotingArena
 from avmp_vllm.engine.entry import minors
-from avmp_vllm.engine.entry.config import AVMPConfig
+from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
 from avmp_vllm.engine.layout.groups import kind_of_spec, role_of, state_spec
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
@@ -137,6 +137,12 @@ class DualPoolCoordinator(KVCacheCoordinator):
         own_rules = self.retention_interval == 0 and not self.eagle_group_ids
         if stock.enable_caching and own_rules and self.slots:
             self._keep_checkpoints(config)
+        elif config.cold_states != "exact":
+            raise ConfigError(
+                f"cold_states = {config.cold_states!r}: AVMP does not choose the states of this "
+                "prefix cache (a retention interval, a drafter that reads hidden states, or "
+                "windows do); set it to 'exact'"
+            )
 
     def _slot_groups(self) -> list[int]:
         """KV groups whose pages a prefix hit needs; none if it needs windows, too.
@@ -165,6 +171,7 @@ class DualPoolCoordinator(KVCacheCoordinator):
             config.cut_tokens,
             # While it drafts, a request's state is in whichever block its last accepted token is.
             0 if state_spec(self.kv_cache_config).num_speculative_blocks else config.answer_tokens,
+            config.cold_states != "exact",
         )
         self.arena.choose = self.checkpoints.choose
         self.pools[Kind.KV].kept = self.checkpoints.pages
@@ -337,7 +344,11 @@ class AVMPCoordinator(DualPoolCoordinator, HybridKVCacheCoordinator):
         Of pages with equal content, those are taken that the state keeps: others may go at any
         time, and the state's would stay for nobody.
         """
-        hits, length, uncached = super().find_longest_cache_hit(block_hashes, max_cache_hit_length)
+        find = super().find_longest_cache_hit
+        hits, length, uncached = find(block_hashes, max_cache_hit_length)
+        cold = None if self.checkpoints is None else self.checkpoints.cold
+        if cold is not None and cold.warm_up(block_hashes, length, max_cache_hit_length):
+            hits, length, uncached = find(block_hashes, max_cache_hit_length)
         if self.checkpoints is not None and length:
             state = hits[self.kinds.index(Kind.SSM)][-1]
             tables = self.checkpoints.pages_of(state.block_id)

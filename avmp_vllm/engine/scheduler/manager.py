@@ -21,6 +21,7 @@ from avmp_vllm.engine.scheduler.coordinator import (
     without_blocks,
 )
 from avmp_vllm.engine.scheduler.inside_pages import inside_pages
+from avmp_vllm.engine.scheduler.integrity import problems
 from avmp_vllm.engine.scheduler.memory import ArenaMemory
 from avmp_vllm.engine.scheduler.victims import Victims
 
@@ -93,6 +94,7 @@ class AVMPBlockSpaceManager(KVCacheManager):
             self.coordinator.kinds.index(Kind.KV)
         ].req_to_blocks
         self.checkpoints = self.coordinator.checkpoints
+        self.cold = None if self.checkpoints is None else self.checkpoints.cold
         self.admission = admission_by(
             config, self.geometry, self.states_each, self.max_model_len, self._held
         )
@@ -320,13 +322,16 @@ class AVMPBlockSpaceManager(KVCacheManager):
         copies, self._copies = self._copies, []
         saves, self._saves = self._saves, []
         extents = arena.take_extents()
-        if not (relocations or zeros or copies or saves or extents or self.config.verify):
+        recodes = [] if self.cold is None else self.cold.take_recodes()
+        if not (
+            relocations or zeros or copies or saves or extents or recodes or self.config.verify
+        ):
             return None
         self._plans += 1
         digest = arena.digest() if self.config.verify else None
         stages, after = extents or ((), None)
         return MovePlan(
-            self._plans, relocations, zeros, copies, digest, saves, stages=stages, after=after
+            self._plans, relocations, zeros, copies, digest, saves, stages, after, recodes
         )
 
     def take_events(self) -> list[KVCacheEvent]:
@@ -373,25 +378,5 @@ class AVMPBlockSpaceManager(KVCacheManager):
         """
         pools = self.coordinator.pools
         self.arena.verify([handle for pool in pools.values() for handle in pool.referenced()])
-        found: list[str] = []
-        for kind, pool in pools.items():
-            for block in pool.blocks:
-                if block.is_null or block.ref_cnt:
-                    continue
-                cached = self.arena.is_cached(block.block_id)
-                if cached != (block.block_hash is not None):
-                    found.append(f"{kind.label}: block {block.block_id} cached {cached}, {block}")
-        found += self.coordinator.states.misplaced()
-        if self.memory is not None:
-            found += self.memory.problems()
-        if self.checkpoints is not None:
-            found += self.checkpoints.problems()
-        for manager in self.coordinator.single_type_managers:
-            for request, blocks in manager.req_to_blocks.items():
-                found += [
-                    f"request {request} holds block {block.block_id}, which nobody references"
-                    for block in blocks
-                    if not block.is_null and block.ref_cnt < 1
-                ]
-        if found:
+        if found := problems(self):
             raise InvariantViolation("; ".join(found[:20]))

@@ -140,6 +140,12 @@ GAUGES: tuple[Metric, ...] = (
     ),
     _states("states_kept", "States kept for prefix hits, by where they stand.", "kept"),
     Metric(
+        "cold_states",
+        "Kept states that are encoded, two in a block.",
+        "",
+        lambda manager: [0 if manager.cold is None else len(manager.cold)],
+    ),
+    Metric(
         "state_price",
         "Prompt tokens that a GiB of what was given up lately would have spared, a request.",
         "",
@@ -201,6 +207,18 @@ COUNTERS: tuple[Metric, ...] = (
         "Bytes of the states that were copied.",
         "cause",
         lambda manager: [count * manager.geometry.block_bytes for count in _copied(manager)],
+    ),
+    Metric(
+        "states_encoded",
+        "Kept states that were encoded before they would have gone.",
+        "",
+        lambda manager: [0 if manager.cold is None else manager.cold.encoded],
+    ),
+    Metric(
+        "states_decoded",
+        "Encoded states that prompts began at.",
+        "",
+        lambda manager: [0 if manager.cold is None else manager.cold.decoded],
     ),
     _worker("driver_calls", "Calls of the memory driver.", lambda w: w.calls, "call"),
     _worker("memory_given_back_bytes", "Bytes given back.", lambda w: [w.given_back]),

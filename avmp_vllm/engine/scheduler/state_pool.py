@@ -79,6 +79,13 @@ class StatePool(AVMPBlockPool):
             return None
         return super().cache_partial_block(request, block, num_tokens, *args, **kwargs)
 
+    def publish(self, block: KVCacheBlock, name: BlockHashWithGroupId, position: int) -> None:
+        """Enter a block under a hash that another one had."""
+        block._block_hash = name
+        block._block_hash_num_tokens = position
+        self.positions[block.block_id] = position
+        self.cached_block_hash_to_block.insert(name, block)
+
     def move_block_hashes(self, src_block: KVCacheBlock, dst_block: KVCacheBlock) -> None:
         """Publish a copy in the place of a block that is overwritten."""
         super().move_block_hashes(src_block, dst_block)

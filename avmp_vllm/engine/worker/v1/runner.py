@@ -11,6 +11,7 @@ from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import TorchBuffer, bytes_behind
 from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.cold import state_codec
 from avmp_vllm.engine.layout.groups import kind_of_spec
 from avmp_vllm.engine.worker.elastic import ArenaRange, allocated_from, memory_for
 from avmp_vllm.engine.worker.plans import PlanApplier
@@ -60,7 +61,8 @@ class MovePlanRunnerMixin(GPUModelRunner):
         # The cache that CUDA graphs are profiled on gets no plans, and must not be kept alive.
         if not is_profiling:
             assert cache is not None
-            buffer = TorchBuffer(bytes_behind(cache), geometry)
+            codec = state_codec(self.vllm_config, kv_cache_config)
+            buffer = TorchBuffer(bytes_behind(cache), geometry, codec)
             self.arena_memory = memory
             self._plans = (
                 PlanApplier(self.page_table, buffer, kv_cache_config.shift)

@@ -23,6 +23,7 @@ from avmp_vllm.engine.entry import seams
 from avmp_vllm.engine.entry.config import selected
 from avmp_vllm.engine.handles import selection as handle_kernels
 from avmp_vllm.engine.layout.arena import AVMPCacheConfig
+from avmp_vllm.engine.layout.cold import state_codec
 from avmp_vllm.engine.layout.groups import first_spec, kind_of_spec
 from avmp_vllm.engine.layout.message import PLAN
 from avmp_vllm.engine.worker.elastic import ArenaRange, allocated_from, memory_for
@@ -103,7 +104,8 @@ class AVMPModelRunnerV2(GPUModelRunner):
             )
         # The cache that CUDA graphs are profiled on gets no plans, and must not be kept alive.
         if not is_profiling:
-            buffer = KernelBuffer(bytes_behind(self.kv_caches[0]), geometry)
+            codec = state_codec(self.vllm_config, kv_cache_config)
+            buffer = KernelBuffer(bytes_behind(self.kv_caches[0]), geometry, codec)
             self._page_table.warm_up()
             buffer.warm_up()
             self.arena_memory = memory
