@@ -7,6 +7,7 @@ cuda_memory       that of a CUDA device, by its driver
 elastic_buffer    a range of which two ends have memory: budget, mapping, retirement behind fences
 elastic_pages     move plans over it: memory before, and back after
 tensor            a torch tensor over addresses
+state_codec       states in half their bytes
 torch_buffer      pages in a torch tensor, moved by torch or NumPy
 kernel_buffer     the same moved by Triton kernels
 page_table        a worker's copy of the page table

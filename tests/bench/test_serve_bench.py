@@ -433,6 +433,9 @@ def test_the_sides_and_what_vllm_makes_of_their_options():
     assert made["avmp"].manager == "avmp"
     assert {side.manager for name, side in made.items() if name != "avmp"} == {"default"}
     assert made["stock-dense-again"] == made["stock-dense"]
+    ours = sides.sides_of(["stock"], "stock", {"cold_states": "int12"})
+    assert ours["avmp"].options == ("--additional-config", '{"avmp": {"cold_states": "int12"}}')
+    assert ours["stock"].options == ours["stock-again"].options == made["avmp"].options == ()
     pytest.importorskip("vllm")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser

@@ -30,6 +30,7 @@ from vllm import SamplingParams
 from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.core import Kind
+from avmp_vllm.models.tiny_jamba import write_tiny_jamba
 
 ON_V1 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
 #: Whether nobody else takes the card's memory meanwhile.
@@ -251,6 +252,33 @@ def test_sleep_and_wake_up(jamba_of_large_states, memory):
             llm.wake_up()
         rounds.append(greedy(llm, mixed_prompts()))
     assert rounds == [expected] * 3
+
+
+def test_cold_states(tmp_path):
+    """States that are encoded and decoded between launches; a few answers may differ."""
+    model = str(write_tiny_jamba(tmp_path, mamba_d_state=64))
+    rng = random.Random(4)
+    turns = [[tokens(rng, rng.randrange(60, 200)) for _ in range(16)]]
+    for _ in range(3):
+        turns.append([prompt + tokens(rng, 40) for prompt in turns[-1]])
+    prompts = [[{"prompt_token_ids": prompt} for prompt in turn] for turn in turns]
+    with engine(model) as llm:
+        expected = [greedy(llm, turn, 8) for turn in prompts]
+    with engine(
+        model,
+        avmp={**EAGER_ADMISSION, "cold_states": "int12"},
+        kv_cache_memory_bytes=8_000_000,
+        enable_prefix_caching=True,
+        max_num_seqs=4,
+    ) as llm:
+        answers = [greedy(llm, turn, 8) for _ in range(2) for turn in prompts]
+        cold = scheduler_of(llm).kv_cache_manager.cold
+        assert cold.encoded > cold.decoded > 10
+        assert_nothing_held(llm)
+    pairs = [
+        pair for a, b in zip(answers, expected * 2, strict=True) for pair in zip(a, b, strict=True)
+    ]
+    assert sum(one != other for one, other in pairs) <= len(pairs) // 20
 
 
 # -- what people add -------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from avmp_vllm.bench.engine import report
 from avmp_vllm.bench.engine.process import EngineError, EngineProcess
 from avmp_vllm.bench.engine.rounds import compared, measure, turns
 from avmp_vllm.bench.engine.workloads import AMPLE, TIGHT, Workload, workloads
-from avmp_vllm.bench.inputs import InputError, OptionError
+from avmp_vllm.bench.inputs import InputError, OptionError, json_object
 from avmp_vllm.bench.statistics import SEED
 from avmp_vllm.bench.status import exit_status
 from avmp_vllm.demo.run import ENVIRONMENT, positive
@@ -116,17 +115,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "memory that is free holds all)",
     )
     results.add_arguments(parser, BENCHMARK, "run a result file again and compare the tokens")
-
-
-def json_object(text: str) -> dict[str, Any]:
-    """Read an option's value."""
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON: {error.msg}") from error
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, as in '{{}}'")
-    return found
 
 
 def on_cuda() -> bool:

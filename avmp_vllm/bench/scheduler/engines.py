@@ -31,6 +31,7 @@ from avmp_vllm.core.capacity import StaticSplit, stock_block_tokens
 from avmp_vllm.engine.entry import minors
 from avmp_vllm.engine.entry.config import AVMPConfig, ConfigError
 from avmp_vllm.engine.layout.arena import arena_config
+from avmp_vllm.engine.layout.cold import state_codec
 from avmp_vllm.engine.layout.groups import group_of
 from avmp_vllm.engine.layout.limits import blocks_per_request, fit_model_len
 from avmp_vllm.engine.layout.pages import CHECKPOINT_TOKENS
@@ -295,6 +296,7 @@ def build(variant: str, shape: ModelShape, settings: Settings) -> Engine:
             ssm = replace(ssm, prefill_checkpoint_alignment=1)
         config = arena_config(vllm_config, _layers(shape, kv, ssm), settings.memory)
         fit_model_len(vllm_config, config)
+        state_codec(vllm_config, config)  # refuses what an engine would refuse
     cache.num_gpu_blocks = config.num_blocks
     cache.block_size = min(g.kv_cache_spec.block_size for g in config.kv_cache_groups)
     block_size, hash_block_size = kv_cache_utils.resolve_kv_cache_block_sizes(config, vllm_config)

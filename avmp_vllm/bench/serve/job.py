@@ -101,7 +101,7 @@ class Job:
         model = p["model"] or str(write_model(self._folder, p["shapes"][name]))
         workload = self._workload(name, model)
         logs = self._folder / "serve-logs" / scenario.replace("/", "-")
-        made = sides.sides_of(p["stock"][name], p["control"][name])
+        made = sides.sides_of(p["stock"][name], p["control"][name], p.get("avmp"))
         print(f"{scenario}: starting {', '.join(made)}; logs in {logs}", file=sys.stderr)
         with sides.running(
             model,

@@ -8,6 +8,7 @@ The order alternates from round to round.
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,15 +38,19 @@ class Side(NamedTuple):
     options: tuple[str, ...]
 
 
-def sides_of(settings: Sequence[str], control: str) -> dict[str, Side]:
+def sides_of(
+    settings: Sequence[str], control: str, avmp: Mapping[str, Any] | None = None
+) -> dict[str, Side]:
     """AVMP, stock at each setting, the control.
 
     Args:
         settings: Of ``STOCK_SETTINGS``.
         control: One of them.
+        avmp: AVMP's options.
     """
+    own = ("--additional-config", json.dumps({"avmp": avmp})) if avmp else ()
     stock = {name: Side("default", STOCK_SETTINGS[name]) for name in settings}
-    return {AVMP: Side("avmp", ()), **stock, f"{control}{AGAIN}": stock[control]}
+    return {AVMP: Side("avmp", own), **stock, f"{control}{AGAIN}": stock[control]}
 
 
 #: Counter of ``/metrics`` -> name here.

@@ -10,6 +10,7 @@ elastic  how much memory an elastic arena may have
 limits   what it must hold at least, and how many requests it holds at most
 capacity what fits, printed at start-up
 message  how a step's move plan travels
+cold     where the values are in a block of states, for what encodes them
 saves    what layers save inside of a step's chunks, from its plan to them
 ======== ===========================================================================
 """

@@ -14,6 +14,9 @@ state_manager vLLM's ``MambaManager``, which says where each state stands
 memory        how much memory an elastic arena has
 commands      what a user may ask of a running engine about it
 checkpoints   which states a running engine makes and keeps
+visits        what is known of a request on its way
+cold_states   kept states that are encoded before they would go
+integrity     whether vLLM's blocks agree with the arena
 metrics       Prometheus metrics and the log line
 ============= ======================================================================
 """

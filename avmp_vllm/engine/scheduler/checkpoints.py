@@ -225,6 +225,9 @@ class Checkpoints:
         keeper, page = self.keeper, self._page_tokens
         origin = visit.stops.pop(position, Origin.ANSWER)
         key = request.block_hashes[position // page - 1]
+        if self.cold is not None and (before := self.cold.of(key)) is not None:
+            # Two requests had the same prefix; the whole state takes the encoded one's place.
+            self._give_up_cold(before)
         record = keeper.record(key, origin, visit.turns, position)
         below = visit.node
         part = slice(below.position // page, position // page)
@@ -254,22 +257,24 @@ class Checkpoints:
         """Take a state out of the cache whose request has moved it on."""
         state = node.state
         assert state is not None
-        del self.nodes[state]
         if state < 0:
-            self._drop_cold(node)
-        self._drop(self.keeper.give_up(node, for_room=False, moved=True))
-        if state < 0:
+            self._give_up_cold(node)
             return
+        del self.nodes[state]
+        self._drop(self.keeper.give_up(node, for_room=False, moved=True))
         self._pools[Kind.SSM].evict((state,))
         if self.arena.is_cached(state):
             self.arena.drop(state)
 
-    def _drop_cold(self, node: Node) -> None:
-        """Let go of an encoded state, and of its block if that holds no other."""
+    def _give_up_cold(self, node: Node) -> None:
+        """Let go of an encoded state that nobody will miss, and of its block if that is all."""
         assert self.cold is not None
+        assert node.state is not None
+        del self.nodes[node.state]
         block = self.cold.vacate(node)
         if block is not None:
             self.arena.drop(block)
+        self._drop(self.keeper.give_up(node, for_room=False, moved=True))
 
     def pages_of(self, state: int) -> list[list[int]] | None:
         """The KV pages of a kept state's prefix by table, None for a state that is not kept."""
@@ -308,9 +313,7 @@ class Checkpoints:
             if node.state >= 0:
                 found.add(node.state)
                 continue
-            del self.nodes[node.state]
-            self._drop_cold(node)
-            self._drop(self.keeper.give_up(node, for_room=False))
+            self._give_up_cold(node)
         return found
 
     def choose(self) -> list[int]:

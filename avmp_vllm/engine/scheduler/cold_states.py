@@ -57,6 +57,10 @@ class ColdStates:
     def __len__(self) -> int:
         return len(self.blocks)
 
+    def of(self, prefix: Hashable) -> Node | None:
+        """The prefix whose state is encoded, by its hash; None if it is not."""
+        return self._by_prefix.get(prefix)
+
     def take_recodes(self) -> list[Recode]:
         """Drain what the step's plan is to encode and decode."""
         recodes, self._recodes = self._recodes, []

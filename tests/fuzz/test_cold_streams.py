@@ -14,7 +14,7 @@ from fuzz_engine import Engine
 from fuzz_stream import Add, Settings, Stream
 from fuzz_worker import VOCABULARY, SimulatedWorker, WrongContent
 
-from avmp_vllm.core import MovePlan, Recode
+from avmp_vllm.core import InvariantViolation, MovePlan, Recode
 from avmp_vllm.core.cold import ColdBlocks, half_of, slot_of
 from avmp_vllm.engine.scheduler.cold_states import ColdStates
 
@@ -30,7 +30,10 @@ _TIGHT = {
 
 
 def conversations(seed: int, **changes: Any) -> Stream:
-    """Six conversations that take turns; each prompt goes on from the one before it."""
+    """Six conversations that take turns; each prompt goes on from the one before it.
+
+    Now and then somebody else asks the same at the same time, or a little later.
+    """
     rng = random.Random(seed)
     settings = Settings(cold="int12", **{**_TIGHT, "ahead": seed % 2, **changes})
     prompts: list[tuple[int, ...]] = [()] * 6
@@ -42,6 +45,8 @@ def conversations(seed: int, **changes: Any) -> Stream:
         prompts[one] = prompt[: settings.max_model_len - 80]
         steps.append([Add(f"r{turn}", prompts[one], rng.choice((1, 5, 40)))])
         steps += [[] for _ in range(rng.randrange(4))]
+        if rng.random() < 0.3:
+            steps[-1].append(Add(f"again{turn}", prompts[one], rng.choice((1, 5, 40))))
     return Stream(settings, steps)
 
 
@@ -128,3 +133,10 @@ def test_control_a_mistake_is_seen_in_what_is_read(name, monkeypatch) -> None:
     monkeypatch.setattr(owner, function, broken(getattr(owner, function)))
     with pytest.raises((WrongContent, AssertionError, KeyError)):
         serve(40, verify=False)
+
+
+def test_control_verify_sees_two_states_of_one_prefix(monkeypatch) -> None:
+    """Two requests reach the same prefix, and the first one's state is encoded before that."""
+    monkeypatch.setattr(ColdStates, "of", lambda self, prefix: None)
+    with pytest.raises(InvariantViolation, match="not found by their prefixes"):
+        serve(40)
