@@ -7,6 +7,7 @@ the logger takes out before vLLM's own loggers see the message.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 logger = init_logger("vllm." + __name__)
 
 CARRIER = "avmp"
+#: Seconds between two messages with counters, while requests run.
+PERIOD_S = 0.1
 GIB = 1 << 30
 
 #: Values of each label, in the order in which a metric's series are read; "" is no label.
@@ -267,6 +270,25 @@ _BY_NAME = {metric.name: metric for metric in METRICS}
 
 #: What crosses processes: values of the series of each metric.
 Values = dict[str, Sequence[float]]
+
+
+class Pace:
+    """When the counters go out: reading them all in every step would be a share of its time."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def due(self, idle: bool) -> bool:
+        """Whether they go out with this step.
+
+        Args:
+            idle: Whether no step may follow for a while.
+        """
+        now = time.monotonic()
+        if now < self._next and not idle:
+            return False
+        self._next = now + PERIOD_S
+        return True
 
 
 def attach(stats: SchedulerStats, manager: AVMPBlockSpaceManager) -> None:

@@ -80,6 +80,7 @@ class MovePlanMixin(StreamingSessions):
             # A local hit that does not end with a block is cut back to where one ends before the
             # connector is asked for more. Blocks are pages there: any hit may be gone on with.
             self.block_size: int = self.hash_block_size
+        self._counters = metrics.Pace()
         if self.kv_cache_manager.memory is not None:
             self.kv_cache_manager.memory.connect(kv_cache_config.executor)
 
@@ -183,9 +184,9 @@ class MovePlanMixin(StreamingSessions):
         return done
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
-        """Add AVMP's counters to vLLM's statistics."""
+        """Add AVMP's counters to vLLM's statistics: now and then, and behind the last request."""
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None:
+        if stats is not None and self._counters.due(idle=not self.has_unfinished_requests()):
             metrics.attach(stats, self.kv_cache_manager)
         return stats
 
