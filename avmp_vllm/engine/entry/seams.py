@@ -143,7 +143,7 @@ ENGINE = (
     Seam(
         "vllm.v1.metrics.loggers",
         "StatLoggerManager.__init__",
-        "avmp_vllm.engine.scheduler.metrics:stat_logger_manager_init",
+        "avmp_vllm.engine.scheduler.stat_logger:stat_logger_manager_init",
         ("self", "vllm_config", "engine_idxs"),
         "adds AVMP's metrics, without turning statistics on where the user turned them off",
         "a stat logger plugin that is chosen by configuration",

@@ -17,6 +17,7 @@ checkpoints   which states a running engine makes and keeps
 visits        what is known of a request on its way
 cold_states   kept states that are encoded before they would go
 integrity     whether vLLM's blocks agree with the arena
-metrics       Prometheus metrics and the log line
+metrics       AVMP's counters
+stat_logger   these in Prometheus and in the log line
 ============= ======================================================================
 """
