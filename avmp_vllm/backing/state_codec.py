@@ -73,7 +73,6 @@ class StateCodec:
     def __init__(self, segments: Sequence[Segment], block_bytes: int) -> None:
         self.half_bytes = block_bytes // HALVES // ALIGNMENT * ALIGNMENT
         self._segments = tuple(segments)
-        self._block_bytes = block_bytes
         encoded = sum(segment.encoded for segment in segments)
         if encoded > self.half_bytes:
             raise ValueError(

@@ -130,4 +130,10 @@ class MovePlan:
                 Copy(copy.kind, copy.source + by[copy.kind], copy.target + by[copy.kind])
                 for copy in self.copies
             ],
+            recodes=[
+                recode._replace(
+                    source=recode.source + by[Kind.SSM], target=recode.target + by[Kind.SSM]
+                )
+                for recode in self.recodes
+            ],
         )

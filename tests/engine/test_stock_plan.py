@@ -145,10 +145,15 @@ def test_several_widths_and_windows(slots, more, states):
     _check([slots, *more, states])
 
 
+def _one_ring(caches: list[Cache]) -> bool:
+    """No model has rings of two widths, and vLLM's own packing ends with an error over some."""
+    return sum(cache.role is Role.RING for cache in caches) <= 1
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     _PLAIN | _LATENT,
-    st.lists(_COMPRESSED | _RINGS, min_size=1, max_size=3),
+    st.lists(_COMPRESSED | _RINGS, min_size=1, max_size=3).filter(_one_ring),
     st.lists(_STATES, min_size=1, max_size=2),
 )
 def test_indexers_and_rings(slots, more, states):

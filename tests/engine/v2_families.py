@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,7 +21,7 @@ from hybrids import COUNT, FAMILIES, LONGEST, NEW_TOKENS, layers_of
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-from avmp_vllm.core import Kind
+from avmp_vllm.core import Kind, MovePlan
 
 #: Served without a prefix cache too.
 UNCACHED = ("kimi_linear", "mixed_mixed")
@@ -81,11 +80,11 @@ def first_layout_alone(folder: Path) -> dict[str, Any]:
         size = self._page_bytes[Kind.SSM]
         for move in plan.relocations:
             before = self._bytes[move.target * size : (move.target + 1) * size].clone()
-            applied(self, SimpleNamespace(relocations=[move], zeros=[], copies=[]))
+            applied(self, MovePlan(plan.number, relocations=[move]))
             if move.kind is Kind.SSM:
                 kept = FAMILIES["mixed_mixed"].first_layout
                 self._bytes[move.target * size + kept : (move.target + 1) * size] = before[kept:]
-        applied(self, SimpleNamespace(relocations=[], zeros=plan.zeros, copies=plan.copies))
+        applied(self, MovePlan(plan.number, zeros=plan.zeros, copies=plan.copies))
 
     with mock.patch.object(KernelBuffer, "apply", apply):
         return serve(folder, "mixed_mixed", True, avmp={"verify": False})

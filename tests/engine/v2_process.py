@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -46,6 +45,7 @@ from avmp_vllm.backing.device_page_table import DevicePageTable
 from avmp_vllm.backing.kernel_buffer import KernelBuffer
 from avmp_vllm.backing.page_table import PageTable
 from avmp_vllm.backing.torch_buffer import bytes_behind
+from avmp_vllm.core import MovePlan
 from avmp_vllm.engine.layout.saves import ChunkSaves
 from avmp_vllm.engine.scheduler.block_pool import AVMPBlockPool
 from avmp_vllm.engine.scheduler.state_pool import StatePool
@@ -357,11 +357,11 @@ def poisoned(model: str) -> dict[str, Any]:
     def poisoning(self: KernelBuffer, plan: Any) -> None:
         copies = plan.relocations
         for move in copies:
-            applied(self, SimpleNamespace(relocations=[move], zeros=[], copies=[]))
+            applied(self, MovePlan(plan.number, relocations=[move]))
             size = self._page_bytes[move.kind]
             page = self._bytes[move.source * size : (move.source + 1) * size]
             page.view(torch.float32).fill_(float("nan"))
-        applied(self, SimpleNamespace(relocations=[], zeros=plan.zeros, copies=plan.copies))
+        applied(self, MovePlan(plan.number, zeros=plan.zeros, copies=plan.copies))
 
     with mock.patch.object(KernelBuffer, "apply", poisoning):
         return serve("cache", model, rounds=1)
