@@ -342,7 +342,6 @@ class StateKeeper:
         record.position = node.position
         record.cls = record.own_class
         record.node = node
-        record.share = 1.0
         node.note = record
         self.kept += 1
         counts = self.counts[record.origin]

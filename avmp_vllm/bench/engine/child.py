@@ -28,7 +28,7 @@ from avmp_vllm.bench.engine.workloads import DROPPED, JOIN_GAP, Workload
 from avmp_vllm.bench.in_process import engine_in_process
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
 #: Counters of vLLM and AVMP -> names here.
 COUNTERS = {
@@ -42,6 +42,20 @@ COUNTERS = {
 
 class NotPureDecode(RuntimeError):
     """A step that should have given each request one token did not."""
+
+
+def greedy(answer: int) -> SamplingParams:
+    """How an answer of so many tokens is sampled; made before a clock runs."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0,
+        max_tokens=answer,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
 
 
 class Session:
@@ -68,12 +82,12 @@ class Session:
             ``seconds`` until each had its first token; of adding them only without ``prefill``.
         """
         work = Workload(**workload)
-        prompts = work.prompts(seed, self._vocabulary)
+        prompts, sampling = work.prompts(seed, self._vocabulary), greedy(work.answer)
         self._tokens, self._finished, self._before = {}, 0, self._counters()
         self._peak = 0
         begin = time.perf_counter()
         for prompt in prompts:
-            self._add(prompt, work.answer)
+            self._add(prompt, sampling)
         while prefill and not all(self._tokens.values()):
             self._step()
         return {"seconds": time.perf_counter() - begin}
@@ -114,11 +128,11 @@ class Session:
         Raises:
             NotPureDecode: The requests beside them have ended.
         """
-        work = Workload(**workload)
+        work, sampling = Workload(**workload), greedy(1)
         seconds, steps = [], []
         for prompt in work.joiners(seed, self._vocabulary):
             begin = time.perf_counter()
-            name = self._add(prompt, 1)
+            name = self._add(prompt, sampling)
             count = 0
             while not self._tokens[name]:
                 self._step()
@@ -151,18 +165,8 @@ class Session:
             "counters": {name: now[name] - self._before.get(name, 0) for name in now},
         }
 
-    def _add(self, prompt: list[int], answer: int) -> str:
+    def _add(self, prompt: list[int], sampling: SamplingParams) -> str:
         """Add a request; its name."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = SamplingParams(
-            temperature=0,
-            max_tokens=answer,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
         name = str(self._count)
         self._count += 1
         self._tokens[name] = []

@@ -53,16 +53,15 @@ def measure(
         for name in turns(names, seed):
             engines[name].order(do="begin", workload=work, seed=seed, prefill=True)
     for number in range(workload.slices):
+        # Prompts of its own for each slice, so that a prefix cache finds nothing of another's.
+        key = seed * workload.slices + number
         for name in turns(names, seed + number):
             engine = engines[name]
             if workload.kind == DECODE:
                 slices[name].append(engine.order(do="steps", count=workload.slice_steps))
             elif workload.kind == JOIN:
-                key = seed * workload.slices + number
                 slices[name].append(engine.order(do="joins", workload=work, seed=key))
             else:
-                # A prompt of its own for each slice, so that a prefix cache finds nothing.
-                key = seed * workload.slices + number
                 only = workload.kind == PREFILL
                 slices[name].append(engine.order(do="begin", workload=work, seed=key, prefill=only))
                 ends[name].append(engine.order(do="finish"))
